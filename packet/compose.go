@@ -1,0 +1,236 @@
+package packet
+
+import (
+	"encoding/binary"
+	"math/bits"
+)
+
+// Template is the layer 2 and 3 header that a flow's packets carry in one
+// direction, learned from the packets seen there. The zero value is unset.
+type Template struct {
+	b      [EthLen + VLANLen + IPv6Len]byte
+	n, l3  uint8
+	v6     bool
+	sp, dp uint16
+	id     uint16
+}
+
+// Learn takes addresses, VLAN tag, TTL, DSCP, flow label and ports from a
+// segment that travels in the template's direction. IPv4 options are left out.
+func (t *Template) Learn(s *Segment) {
+	t.l3, t.v6 = uint8(s.L3), s.V6
+	if s.V6 {
+		t.n = uint8(s.L3 + IPv6Len)
+		copy(t.b[:t.n], s.Frame)
+	} else {
+		t.n = uint8(s.L3 + IPv4Len)
+		copy(t.b[:t.n], s.Frame)
+		t.b[s.L3] = 0x45
+		t.id = binary.BigEndian.Uint16(s.Frame[s.L3+4:])
+	}
+	t.sp = binary.BigEndian.Uint16(s.Frame[s.L4:])
+	t.dp = binary.BigEndian.Uint16(s.Frame[s.L4+2:])
+}
+
+// Set reports whether Learn was called.
+func (t *Template) Set() bool { return t.n != 0 }
+
+// V6 reports whether the template is of an IPv6 flow.
+func (t *Template) V6() bool { return t.v6 }
+
+// L3 returns the offset of the IP header.
+func (t *Template) L3() int { return int(t.l3) }
+
+// L4 returns the offset of the TCP header in frames made from the template.
+func (t *Template) L4() int { return int(t.n) }
+
+// TOS returns the traffic class that the last learned packet had.
+func (t *Template) TOS() uint8 {
+	if t.v6 {
+		return t.b[t.l3]<<4 | t.b[t.l3+1]>>4
+	}
+	return t.b[t.l3+1]
+}
+
+// SetECN replaces the two ECN bits of the traffic class.
+func (t *Template) SetECN(ecn uint8) {
+	if t.v6 {
+		t.b[t.l3+1] = t.b[t.l3+1]&^0x30 | ecn&3<<4
+	} else {
+		t.b[t.l3+1] = t.b[t.l3+1]&^3 | ecn&3
+	}
+}
+
+// Header is what Compose needs besides the template.
+type Header struct {
+	Seq, Ack uint32
+	Flags    uint8
+	Wnd, Urg uint16
+	Opts     []byte // whole option bytes, a multiple of 4, at most 40
+}
+
+// Compose writes Ethernet, IP and TCP headers for a segment with n bytes of
+// payload into dst and returns the length of the headers; the caller puts the
+// payload behind them. dst must have room for MaxHeaders bytes. The IPv4 header
+// checksum is filled in; the TCP checksum field is zero, see FullChecksum and
+// PartialChecksum. IPv4 identifications count up from the last learned one.
+func (t *Template) Compose(dst []byte, h *Header, n int) int {
+	l4 := int(t.n)
+	copy(dst[:l4], t.b[:l4])
+	tl := TCPLen + len(h.Opts)
+	ip := dst[t.l3:l4]
+	if t.v6 {
+		binary.BigEndian.PutUint16(ip[4:], uint16(tl+n))
+		ip[6] = 6
+	} else {
+		binary.BigEndian.PutUint16(ip[2:], uint16(IPv4Len+tl+n))
+		t.id++
+		binary.BigEndian.PutUint16(ip[4:], t.id)
+		PutIPv4Checksum(ip)
+	}
+	p := dst[l4 : l4+tl]
+	binary.BigEndian.PutUint16(p[0:], t.sp)
+	binary.BigEndian.PutUint16(p[2:], t.dp)
+	binary.BigEndian.PutUint32(p[4:], h.Seq)
+	binary.BigEndian.PutUint32(p[8:], h.Ack)
+	p[12] = uint8(tl/4) << 4
+	p[13] = h.Flags
+	binary.BigEndian.PutUint16(p[14:], h.Wnd)
+	p[16], p[17] = 0, 0
+	binary.BigEndian.PutUint16(p[18:], h.Urg)
+	copy(p[TCPLen:], h.Opts)
+	return l4 + tl
+}
+
+// Rewrite appends to dst a copy of s with the given TCP options and payload in
+// place of its own; lengths and the IPv4 checksum are made to fit, the TCP
+// checksum is zeroed. opts must be a multiple of 4 and at most 40 bytes long.
+func Rewrite(dst []byte, s *Segment, opts, payload []byte) []byte {
+	at := len(dst)
+	dst = append(dst, s.Frame[:s.L4+TCPLen]...)
+	dst = append(dst, opts...)
+	dst = append(dst, payload...)
+	f := dst[at:]
+	if s.V6 {
+		binary.BigEndian.PutUint16(f[s.L3+4:], uint16(len(f)-s.L4))
+	} else {
+		binary.BigEndian.PutUint16(f[s.L3+2:], uint16(len(f)-s.L3))
+		PutIPv4Checksum(f[s.L3:s.L4])
+	}
+	f[s.L4+12] = uint8((TCPLen+len(opts))/4)<<4 | f[s.L4+12]&0xf
+	f[s.L4+16], f[s.L4+17] = 0, 0
+	return dst
+}
+
+// PutIPv4Checksum writes the checksum of the IPv4 header ip.
+func PutIPv4Checksum(ip []byte) {
+	ip[10], ip[11] = 0, 0
+	binary.LittleEndian.PutUint16(ip[10:], ^Fold(Sum(ip[:int(ip[0]&15)*4], 0)))
+}
+
+// Sum adds the one's complement sum of b (RFC 1071), in little-endian words,
+// to an unfolded start value. b may have any length; when sums of several
+// pieces are chained, all but the last must have even length.
+func Sum(b []byte, start uint64) uint64 {
+	a := start
+	var c uint64
+	for len(b) >= 64 {
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b), 0)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[8:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[16:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[24:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[32:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[40:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[48:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[56:]), c)
+		a, c = bits.Add64(a, 0, c)
+		a += c
+		b = b[64:]
+	}
+	for len(b) >= 8 {
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b), 0)
+		a += c
+		b = b[8:]
+	}
+	if len(b) > 0 {
+		var t [8]byte
+		copy(t[:], b)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(t[:]), 0)
+		a += c
+	}
+	return a
+}
+
+// Fold reduces a sum to 16 bits, to be stored as a little-endian word.
+func Fold(a uint64) uint16 {
+	a = a>>32 + a&0xffffffff
+	a = a>>32 + a&0xffffffff
+	a = a>>16 + a&0xffff
+	a = a>>16 + a&0xffff
+	a = a>>16 + a&0xffff
+	return uint16(a)
+}
+
+// pseudoSum returns the unfolded sum of the pseudo-header of the IP packet ip
+// with n bytes of protocol proto.
+func pseudoSum(ip []byte, v6 bool, proto uint8, n int) uint64 {
+	var a uint64
+	if v6 {
+		a = Sum(ip[8:40], 0)
+	} else {
+		a = Sum(ip[12:20], 0)
+	}
+	t := [8]byte{1: proto, 4: byte(n >> 24), 5: byte(n >> 16), 6: byte(n >> 8), 7: byte(n)}
+	return Sum(t[:], a)
+}
+
+// FullChecksum writes the TCP checksum of the frame whose IP and TCP headers
+// are at l3 and l4; the frame ends with the IP packet.
+func FullChecksum(f []byte, l3, l4 int, v6 bool) {
+	t := f[l4:]
+	t[16], t[17] = 0, 0
+	binary.LittleEndian.PutUint16(t[16:], ^Fold(Sum(t, pseudoSum(f[l3:], v6, 6, len(t)))))
+}
+
+// PartialChecksum writes the pseudo-header sum into the TCP checksum field, as
+// checksum offload (CHECKSUM_PARTIAL) wants it. l4len is the length of TCP
+// header and payload together, which may be more than the frame holds.
+func PartialChecksum(f []byte, l3, l4, l4len int, v6 bool) {
+	binary.LittleEndian.PutUint16(f[l4+16:], Fold(pseudoSum(f[l3:], v6, 6, l4len)))
+}
+
+// ChecksumOK verifies a segment's TCP checksum, and the IPv4 header's. With virtual set, a field that
+// holds just the pseudo-header sum is taken too: that is what virtual devices
+// deliver for packets that never left this machine (T12).
+func (s *Segment) ChecksumOK(virtual bool) bool {
+	t := s.Frame[s.L4:]
+	if !s.V6 && Fold(Sum(s.Frame[s.L3:s.L4], 0)) != 0xffff {
+		return false
+	}
+	p := pseudoSum(s.Frame[s.L3:], s.V6, 6, len(t))
+	if virtual && Fold(p) == binary.LittleEndian.Uint16(t[16:]) {
+		return true
+	}
+	return Fold(Sum(t, p)) == 0xffff
+}
+
+// ICMPChecksum writes the checksum of an ICMP (IPv4) or ICMPv6 message that
+// runs from l4 to the end of the frame.
+func ICMPChecksum(f []byte, l3, l4 int, v6 bool) {
+	m := f[l4:]
+	m[2], m[3] = 0, 0
+	var a uint64
+	if v6 {
+		a = pseudoSum(f[l3:], true, 58, len(m))
+	}
+	binary.LittleEndian.PutUint16(m[2:], ^Fold(Sum(m, a)))
+}
+
+// ICMPChecksumOK verifies an ICMP or ICMPv6 message.
+func ICMPChecksumOK(f []byte, l3, l4 int, v6 bool) bool {
+	var a uint64
+	if v6 {
+		a = pseudoSum(f[l3:], true, 58, len(f)-l4)
+	}
+	return Fold(Sum(f[l4:], a)) == 0xffff
+}
