@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+//go:build ignore
+
+/* The guard: keeps listed connections shut except for what the process
+ * injects, and outlives the process. The filters stay on the interface until
+ * they are removed, and run behind the programs that divert. */
+#include "packet.h"
+
+#define MAX_FLOWS 262144
+#define MAX_TAGS 4
+#define MAX_EXTENSIONS 8
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct flow_key); /* vlan is 0: a socket takes packets of its
+				       * addresses and ports from any VLAN */
+	__type(value, __u32);
+} guard_flows SEC(".maps");
+
+/* Address pairs that have listed flows; user space counts them. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct pair_key);
+	__type(value, __u32);
+} guard_pairs SEC(".maps");
+
+/* The order is that of guardCounters in Go. */
+enum counter {
+	INGRESS_COUNT_INJECTED,
+	INGRESS_COUNT_FLOW,
+	INGRESS_COUNT_FRAGMENT,
+	INGRESS_COUNT_ICMP,
+	EGRESS_COUNT_FLOW,
+	EGRESS_COUNT_FRAGMENT,
+	COUNTER_MAX,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNTER_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} guard_counters SEC(".maps");
+
+/* Set before loading: the mark of injected packets, never 0. With the process
+ * gone nobody sets it. */
+const volatile __u32 mark;
+
+static __always_inline void count(__u32 counter)
+{
+	__u64 *value = bpf_map_lookup_elem(&guard_counters, &counter);
+
+	if (value)
+		*value += 1;
+}
+
+static __always_inline int walk_ports(struct __sk_buff *skb, __u32 at, struct packet *p, bool outbound)
+{
+	__be16 ports[2];
+
+	if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports)))
+		return KIND_TCP_FRAGMENT;
+	set_ports(&p->key, ports, outbound);
+	return KIND_TCP;
+}
+
+static __always_inline int walk_v4(struct __sk_buff *skb, __u32 at, struct packet *p, bool outbound)
+{
+	struct iphdr ip;
+
+	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.protocol != IPPROTO_TCP)
+		return KIND_OTHER;
+	set_addresses_v4(&p->key, &ip, outbound);
+	if (ip.frag_off & bpf_htons(IP_MF_OFFSET))
+		return KIND_TCP_FRAGMENT;
+	return walk_ports(skb, at + ip.ihl * 4, p, outbound);
+}
+
+static __always_inline int walk_v6(struct __sk_buff *skb, __u32 at, struct packet *p, bool outbound)
+{
+	struct ipv6hdr ip;
+	__u8 next;
+
+	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
+		return KIND_OTHER;
+	set_addresses_v6(&p->key, &ip, outbound);
+	next = ip.nexthdr;
+	at += sizeof(ip);
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		__u8 extension[2];
+
+		switch (next) {
+		case IPPROTO_TCP:
+			return walk_ports(skb, at, p, outbound);
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_MH:
+		case IPPROTO_AH:
+			if (bpf_skb_load_bytes(skb, at, extension, sizeof(extension)))
+				return KIND_TCP_FRAGMENT;
+			at += next == IPPROTO_AH ? (extension[1] + 2) * 4 : (extension[1] + 1) * 8;
+			next = extension[0];
+			break;
+		case IPPROTO_FRAGMENT:
+			if (bpf_skb_load_bytes(skb, at, extension, sizeof(extension)))
+				return KIND_TCP_FRAGMENT;
+			switch (extension[0]) {
+			case IPPROTO_UDP:
+			case IPPROTO_ICMPV6:
+				return KIND_OTHER;
+			}
+			return KIND_TCP_FRAGMENT;
+		default:
+			return KIND_OTHER;
+		}
+	}
+	return KIND_TCP_FRAGMENT;
+}
+
+/* walk finds TCP behind what the plain parser stops at, several tags and the
+ * extension headers of IPv6: the stack gets past them, so they must not hide a
+ * segment. What cannot be followed to its end counts as a fragment and is
+ * judged by its addresses. */
+static __noinline int walk(struct __sk_buff *skb, struct packet *p, bool outbound)
+{
+	__u32 at = ETH_HLEN - 2;
+	__be16 proto;
+
+	if (!p)
+		return KIND_OTHER;
+	for (int i = 0; i <= MAX_TAGS; i++) {
+		if (bpf_skb_load_bytes(skb, at, &proto, sizeof(proto)))
+			return KIND_OTHER;
+		switch (proto) {
+		case bpf_htons(ETH_P_IP):
+			return walk_v4(skb, at + 2, p, outbound);
+		case bpf_htons(ETH_P_IPV6):
+			return walk_v6(skb, at + 2, p, outbound);
+		case bpf_htons(ETH_P_8021Q):
+		case bpf_htons(ETH_P_8021AD):
+			at += 4;
+			break;
+		default:
+			return KIND_OTHER;
+		}
+	}
+	return KIND_OTHER;
+}
+
+enum listed { UNLISTED, LISTED_FLOW, LISTED_FRAGMENT, LISTED_ICMP };
+
+static __always_inline enum listed look_up(struct __sk_buff *skb, bool outbound)
+{
+	struct packet p = {};
+	struct pair_key pair;
+	int kind = parse_skb(skb, &p, outbound);
+
+	if (kind == KIND_EXTENSION || kind == KIND_STACKED)
+		kind = walk(skb, &p, outbound);
+	p.key.vlan = 0;
+	switch (kind) {
+	case KIND_TCP:
+		return bpf_map_lookup_elem(&guard_flows, &p.key) ? LISTED_FLOW : UNLISTED;
+	case KIND_ICMP_ERROR:
+		return bpf_map_lookup_elem(&guard_flows, &p.key) ? LISTED_ICMP : UNLISTED;
+	case KIND_TCP_FRAGMENT:
+		pair = pair_of(&p.key);
+		return bpf_map_lookup_elem(&guard_pairs, &pair) ? LISTED_FRAGMENT : UNLISTED;
+	}
+	return UNLISTED;
+}
+
+SEC("tc")
+int guard_ingress(struct __sk_buff *skb)
+{
+	if (skb->mark == mark) {
+		/* It has served: routing rules and other programs shall not
+		 * see it, and it shall not get into another interface. */
+		skb->mark = 0;
+		count(INGRESS_COUNT_INJECTED);
+		return TC_ACT_UNSPEC;
+	}
+	switch (look_up(skb, false)) {
+	case LISTED_FLOW:
+		count(INGRESS_COUNT_FLOW);
+		return TC_ACT_SHOT;
+	case LISTED_FRAGMENT:
+		count(INGRESS_COUNT_FRAGMENT);
+		return TC_ACT_SHOT;
+	case LISTED_ICMP: /* it could shrink the segment size, or end the connection */
+		count(INGRESS_COUNT_ICMP);
+		return TC_ACT_SHOT;
+	case UNLISTED:
+		break;
+	}
+	return TC_ACT_UNSPEC;
+}
+
+/* What belongs to the diverter was redirected before it came here. */
+SEC("tc")
+int guard_egress(struct __sk_buff *skb)
+{
+	switch (look_up(skb, true)) {
+	case LISTED_FLOW:
+		count(EGRESS_COUNT_FLOW);
+		return TC_ACT_SHOT;
+	case LISTED_FRAGMENT:
+		count(EGRESS_COUNT_FRAGMENT);
+		return TC_ACT_SHOT;
+	case LISTED_ICMP: /* not ours: the embedded packet would be of this host */
+	case UNLISTED:
+		break;
+	}
+	return TC_ACT_UNSPEC;
+}
+
+char _license[] SEC("license") = "GPL";

@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+//go:build ignore
+
+/* Host mode: takes TCP connections that this host negotiates or encrypts off
+ * the network card and off its own stack, and lets everything else pass.
+ *
+ *   wire -> host_xdp -> AF_XDP -> process -> TAP -> tap_ingress -> NIC ingress
+ *   stack -> nic_egress -> TAP -> process -> AF_XDP -> wire
+ */
+#include "packet.h"
+
+#define TCX_NEXT TC_ACT_UNSPEC
+#define TCPOPT_EOL 0
+#define TCPOPT_NOP 1
+#define TCPOPT_ENO 69
+
+#define MAX_FLOWS 262144
+#define MAX_QUEUES 1024
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct flow_key);
+	__type(value, __u32); /* 0, or number of the TAP queue and 1 */
+} flows SEC(".maps");
+
+/* Address pairs that have flows; user space counts the flows of each. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct pair_key);
+	__type(value, __u32);
+} pairs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_XSKMAP);
+	__uint(max_entries, MAX_QUEUES);
+	__type(key, __u32);
+	__type(value, __u32);
+} xsks SEC(".maps");
+
+/* A connection is selected when one of its ports is in include and none in
+ * exclude. */
+struct ports {
+	__u64 include[1024];
+	__u64 exclude[1024];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct ports);
+} ports SEC(".maps");
+
+enum control {
+	CONTROL_ENABLED, /* SYNs are diverted */
+	CONTROL_GENERIC, /* XDP is generic: injected packets meet it again */
+	CONTROL_BEAT,	 /* CLOCK_MONOTONIC in ns when the process last showed life */
+	CONTROL_REQUIRE, /* SYNs from the wire are diverted without ENO too, to be refused */
+	CONTROL_MAX,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, CONTROL_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} control SEC(".maps");
+
+/* The order is that of hostCounters in Go. */
+enum counter {
+	XDP_COUNT_PASS,
+	XDP_COUNT_SHORT,
+	XDP_COUNT_STACKED,
+	XDP_COUNT_EXTENSION,
+	XDP_COUNT_INJECTED,
+	XDP_COUNT_FLOW,
+	XDP_COUNT_FLOW_NO_SOCKET,
+	XDP_COUNT_FLOW_STALE,
+	XDP_COUNT_SYN,
+	XDP_COUNT_SYN_NO_SOCKET,
+	XDP_COUNT_SYN_STALE,
+	XDP_COUNT_FRAGMENT,
+	XDP_COUNT_ICMP,
+	XDP_COUNT_ICMP_NO_SOCKET,
+	EGRESS_COUNT_PASS,
+	EGRESS_COUNT_SHORT,
+	EGRESS_COUNT_STACKED,
+	EGRESS_COUNT_EXTENSION,
+	EGRESS_COUNT_INJECTED,
+	EGRESS_COUNT_FLOW,
+	EGRESS_COUNT_FLOW_STALE,
+	EGRESS_COUNT_SYN,
+	EGRESS_COUNT_SYN_STALE,
+	EGRESS_COUNT_FRAGMENT,
+	TAP_COUNT_INJECTED,
+	TAP_COUNT_FRAGMENT,
+	TAP_COUNT_OTHER,
+	COUNTER_MAX,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNTER_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+/* Set before loading. */
+const volatile __u32 nic_ifindex;
+const volatile __u32 tap_ifindex;
+const volatile __u32 mark;		/* on injected packets, never 0 */
+const volatile __u64 heartbeat_timeout; /* ns, 0: no heartbeat */
+const volatile __u32 inject_mac_high;	/* the first four bytes, as loaded */
+const volatile __u16 inject_mac_low;	/* the last two */
+
+static __always_inline void count(__u32 counter)
+{
+	__u64 *value = bpf_map_lookup_elem(&counters, &counter);
+
+	if (value)
+		*value += 1;
+}
+
+static __always_inline __u64 control_value(__u32 key)
+{
+	__u64 *value = bpf_map_lookup_elem(&control, &key);
+
+	return value ? *value : 0;
+}
+
+/* The process hangs: it would take packets and never give them back. */
+static __always_inline bool stale(void)
+{
+	if (!heartbeat_timeout)
+		return false;
+	/* Signed, as the coarse clock lags behind the one that was written. */
+	return (__s64)(bpf_ktime_get_coarse_ns() - control_value(CONTROL_BEAT)) > (__s64)heartbeat_timeout;
+}
+
+static __always_inline bool bit(const __u64 *bits, __be16 port)
+{
+	__u16 n = bpf_ntohs(port);
+
+	return bits[(n >> 6) & 1023] >> (n & 63) & 1;
+}
+
+static __always_inline bool selected(const struct flow_key *key)
+{
+	__u32 zero = 0;
+	struct ports *p;
+
+	if (!control_value(CONTROL_ENABLED))
+		return false;
+	p = bpf_map_lookup_elem(&ports, &zero);
+	if (!p || bit(p->exclude, key->lport) || bit(p->exclude, key->rport))
+		return false;
+	return bit(p->include, key->lport) || bit(p->include, key->rport);
+}
+
+static __always_inline bool is_syn(__u8 flags)
+{
+	return (flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+}
+
+/* TCP-ENO is RFC 8547, section 4.1: an option of kind 69. */
+static __always_inline bool has_eno(struct xdp_md *ctx, const struct packet *p)
+{
+	/* Larger than 40, so that a masked index is inside. */
+	__u8 options[64] = {};
+	__u32 length = p->header - TCP_HEADER;
+	__u32 at = 0;
+
+	if (length < 2 || length > TCP_MAX_OPTIONS)
+		return false;
+	if (bpf_xdp_load_bytes(ctx, p->tcp + TCP_HEADER, options, length))
+		return false;
+	for (int i = 0; i < TCP_MAX_OPTIONS; i++) {
+		__u8 kind, size;
+
+		if (at + 1 >= length)
+			return false;
+		kind = options[at & 63];
+		if (kind == TCPOPT_EOL)
+			return false;
+		if (kind == TCPOPT_NOP) {
+			at++;
+			continue;
+		}
+		size = options[(at + 1) & 63];
+		if (size < 2 || at + size > length)
+			return false;
+		if (kind == TCPOPT_ENO)
+			return true;
+		at += size;
+	}
+	return false;
+}
+
+/* A segment of a listed flow never reaches the stack: what cannot be
+ * redirected is dropped. */
+static __always_inline int to_socket(struct xdp_md *ctx, __u32 redirected, __u32 failed, int fallback)
+{
+	int verdict = bpf_redirect_map(&xsks, ctx->rx_queue_index, fallback);
+
+	count(verdict == XDP_REDIRECT ? redirected : failed);
+	return verdict;
+}
+
+static __always_inline int pass(__u32 counter)
+{
+	count(counter);
+	return XDP_PASS;
+}
+
+static __always_inline int from_wire(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct packet p = {};
+	struct pair_key pair;
+
+	if (control_value(CONTROL_GENERIC) && data + ETH_HLEN <= end) {
+		struct ethhdr *eth = data;
+
+		if (*(__u32 *)&eth->h_source[0] == inject_mac_high &&
+		    *(__u16 *)&eth->h_source[4] == inject_mac_low)
+			return pass(XDP_COUNT_INJECTED);
+	}
+	switch (parse(data, end, false, &p)) {
+	case KIND_TCP:
+		if (bpf_map_lookup_elem(&flows, &p.key)) {
+			if (stale()) {
+				count(XDP_COUNT_FLOW_STALE);
+				return XDP_DROP;
+			}
+			return to_socket(ctx, XDP_COUNT_FLOW, XDP_COUNT_FLOW_NO_SOCKET, XDP_DROP);
+		}
+		if (is_syn(p.flags) && selected(&p.key) &&
+		    (control_value(CONTROL_REQUIRE) || has_eno(ctx, &p))) {
+			if (stale())
+				return pass(XDP_COUNT_SYN_STALE);
+			return to_socket(ctx, XDP_COUNT_SYN, XDP_COUNT_SYN_NO_SOCKET, XDP_PASS);
+		}
+		return pass(XDP_COUNT_PASS);
+	case KIND_TCP_FRAGMENT:
+		pair = pair_of(&p.key);
+		if (bpf_map_lookup_elem(&pairs, &pair)) {
+			count(XDP_COUNT_FRAGMENT);
+			return XDP_DROP;
+		}
+		return pass(XDP_COUNT_PASS);
+	case KIND_ICMP_ERROR:
+		if (bpf_map_lookup_elem(&flows, &p.key))
+			return to_socket(ctx, XDP_COUNT_ICMP, XDP_COUNT_ICMP_NO_SOCKET, XDP_DROP);
+		return pass(XDP_COUNT_PASS);
+	case KIND_EXTENSION:
+		return pass(XDP_COUNT_EXTENSION);
+	case KIND_STACKED:
+		return pass(XDP_COUNT_STACKED);
+	case KIND_SHORT:
+		return pass(XDP_COUNT_SHORT);
+	}
+	return pass(XDP_COUNT_PASS);
+}
+
+SEC("xdp")
+int host_xdp(struct xdp_md *ctx)
+{
+	return from_wire(ctx);
+}
+
+/* For an MTU above what fits one buffer of the driver. */
+SEC("xdp.frags")
+int host_xdp_frags(struct xdp_md *ctx)
+{
+	return from_wire(ctx);
+}
+
+static __always_inline int next(__u32 counter)
+{
+	count(counter);
+	return TCX_NEXT;
+}
+
+static __always_inline int shot(__u32 counter)
+{
+	count(counter);
+	return TC_ACT_SHOT;
+}
+
+static __always_inline int to_tap(__u32 counter)
+{
+	count(counter);
+	return bpf_redirect(tap_ifindex, 0);
+}
+
+SEC("tc")
+int nic_egress(struct __sk_buff *skb)
+{
+	struct packet p = {};
+	struct pair_key pair;
+
+	/* Injected, and forwarded by the stack instead of received. */
+	if (skb->mark == mark)
+		return next(EGRESS_COUNT_INJECTED);
+	switch (parse_skb(skb, &p, true)) {
+	case KIND_TCP:
+		if (bpf_map_lookup_elem(&flows, &p.key)) {
+			if (stale())
+				return shot(EGRESS_COUNT_FLOW_STALE);
+			return to_tap(EGRESS_COUNT_FLOW);
+		}
+		if (is_syn(p.flags) && selected(&p.key)) {
+			if (stale())
+				return next(EGRESS_COUNT_SYN_STALE);
+			return to_tap(EGRESS_COUNT_SYN);
+		}
+		return next(EGRESS_COUNT_PASS);
+	case KIND_TCP_FRAGMENT:
+		pair = pair_of(&p.key);
+		if (bpf_map_lookup_elem(&pairs, &pair))
+			return shot(EGRESS_COUNT_FRAGMENT);
+		return next(EGRESS_COUNT_PASS);
+	case KIND_EXTENSION:
+		return next(EGRESS_COUNT_EXTENSION);
+	case KIND_STACKED:
+		return next(EGRESS_COUNT_STACKED);
+	case KIND_SHORT:
+		return next(EGRESS_COUNT_SHORT);
+	}
+	return next(EGRESS_COUNT_PASS);
+}
+
+/* Packets of the process go on as if they had arrived on the NIC. The mark is
+ * what tells them from others there. A fragment must never carry it: it would
+ * let a forged second fragment in. */
+SEC("tc")
+int tap_ingress(struct __sk_buff *skb)
+{
+	struct packet p = {};
+
+	switch (parse_skb(skb, &p, false)) {
+	case KIND_TCP:
+	case KIND_ICMP_ERROR:
+		break;
+	case KIND_TCP_FRAGMENT:
+		return shot(TAP_COUNT_FRAGMENT);
+	default:
+		return shot(TAP_COUNT_OTHER);
+	}
+	if (control_value(CONTROL_GENERIC)) {
+		struct {
+			__u32 high;
+			__u16 low;
+		} __attribute__((packed)) source = {inject_mac_high, inject_mac_low};
+
+		if (bpf_skb_store_bytes(skb, ETH_ALEN, &source, sizeof(source), 0))
+			return shot(TAP_COUNT_OTHER);
+	}
+	skb->mark = mark;
+	count(TAP_COUNT_INJECTED);
+	return bpf_redirect(nic_ifindex, BPF_F_INGRESS);
+}
+
+/* Chooses the TAP queue of a packet that nic_egress redirected: that of its
+ * flow, else by the kernel's hash. A socket filter has no direct access. */
+SEC("socket")
+int tap_steer(struct __sk_buff *skb)
+{
+	struct flow_key key = {};
+	__u32 l3 = ETH_HLEN, l4, *queue;
+	__be16 proto, ports[2];
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN - 2, &proto, 2))
+		goto unknown;
+	if (skb->vlan_present) {
+		key.vlan = skb->vlan_tci & VLAN_VID_MASK;
+	} else if (proto == bpf_htons(ETH_P_8021Q)) {
+		__be16 tag[2];
+
+		if (bpf_skb_load_bytes(skb, ETH_HLEN, tag, 4))
+			goto unknown;
+		key.vlan = bpf_ntohs(tag[0]) & VLAN_VID_MASK;
+		proto = tag[1];
+		l3 += 4;
+	}
+	if (proto == bpf_htons(ETH_P_IP)) {
+		struct iphdr ip;
+
+		if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip)))
+			goto unknown;
+		set_addresses_v4(&key, &ip, true);
+		l4 = l3 + ip.ihl * 4;
+	} else if (proto == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr ip;
+
+		if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip)))
+			goto unknown;
+		set_addresses_v6(&key, &ip, true);
+		l4 = l3 + sizeof(ip);
+	} else {
+		goto unknown;
+	}
+	if (bpf_skb_load_bytes(skb, l4, ports, sizeof(ports)))
+		goto unknown;
+	set_ports(&key, ports, true);
+	queue = bpf_map_lookup_elem(&flows, &key);
+	if (queue && *queue)
+		return *queue - 1;
+unknown:
+	return skb->hash;
+}
+
+char _license[] SEC("license") = "GPL";

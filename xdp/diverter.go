@@ -1,0 +1,451 @@
+package xdp
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp/bpf"
+)
+
+// ErrXDPBusy: the device has an XDP program already.
+var ErrXDPBusy = errors.New("xdp: another XDP program is attached")
+
+// DefaultFlows is the number of connections that the flow maps hold if not
+// told otherwise.
+const DefaultFlows = 262144
+
+// maxPlainMTU is the largest MTU at which drivers with a page per packet take
+// an XDP program without fragment support.
+const maxPlainMTU = 3506
+
+// hostCounters names the counters of bpf/host.c in the order of its enum.
+// Those with "passed" went on to the stack or the wire untouched.
+var hostCounters = []string{
+	"xdp_passed",
+	"xdp_passed_short",
+	"xdp_passed_vlan_stacked",
+	"xdp_passed_extension_header",
+	"xdp_passed_injected",
+	"xdp_flow_redirected",
+	"xdp_flow_dropped_no_socket",
+	"xdp_flow_dropped_stale",
+	"xdp_syn_redirected",
+	"xdp_syn_passed_no_socket",
+	"xdp_syn_passed_stale",
+	"xdp_fragment_dropped",
+	"xdp_icmp_redirected",
+	"xdp_icmp_dropped_no_socket",
+	"egress_passed",
+	"egress_passed_short",
+	"egress_passed_vlan_stacked",
+	"egress_passed_extension_header",
+	"egress_passed_injected",
+	"egress_flow_redirected",
+	"egress_flow_dropped_stale",
+	"egress_syn_redirected",
+	"egress_syn_passed_stale",
+	"egress_fragment_dropped",
+	"tap_injected",
+	"tap_dropped_fragment",
+	"tap_dropped_other",
+}
+
+// Keys of the control map: enum control of bpf/host.c.
+const (
+	controlEnabled = iota
+	controlGeneric
+	controlBeat
+	controlRequire
+)
+
+// HostAttachConfig says what a Diverter is attached to.
+type HostAttachConfig struct {
+	Ifindex    int // the NIC
+	TAPIfindex int // the inner device, in the same network namespace
+
+	// Mode chooses how XDP is attached: generic under ModeGeneric; native,
+	// else generic, under ModeAuto; natively under the others.
+	Mode Mode
+
+	// Frags takes the XDP program that accepts packets of several buffers. It
+	// is implied by an MTU above 3506 and goes with SocketConfig.MultiBuffer.
+	Frags bool
+
+	// Ports and Exclude are inclusive ranges of TCP ports; see SetPorts.
+	Ports, Exclude [][2]uint16
+
+	Flows int // most connections; 0 means DefaultFlows
+
+	// Heartbeat is how long the programs go on without Beat. Older, they stop
+	// to divert new connections and drop the diverted ones. 0 means forever.
+	Heartbeat time.Duration
+}
+
+// A Diverter is the set of eBPF programs that takes TCP connections of a host
+// off its NIC and off its stack:
+//
+//   - XDP on the NIC redirects segments of inserted connections, ICMP errors
+//     about them, and selected SYNs that carry TCP-ENO (RFC 8547, section 4.1)
+//     to AF_XDP sockets;
+//   - tcx egress on the NIC redirects segments of inserted connections and
+//     selected SYNs to the TAP device;
+//   - tcx ingress on the TAP device marks what is written there and lets it
+//     appear on the NIC's ingress.
+//
+// All else takes the kernel's path. The programs are held by links that end
+// with the process; nothing stays attached.
+type Diverter struct {
+	collection *ebpf.Collection
+	links      []link.Link // in the order of attachment
+	program    ebpf.ProgramID
+	mode       Mode
+	fallback   error
+	mark       uint32
+	ifindex    int
+	heartbeat  bool
+
+	flows flowMap
+}
+
+// attached are the XDP programs of this process's diverters, for OpenGuard.
+var attached struct {
+	sync.Mutex
+	programs map[ebpf.ProgramID]bool
+}
+
+// AttachHost loads and attaches the programs in the network namespace of the
+// calling thread. SYNs are diverted only after Enable(true), and nothing is
+// before connections are inserted. It needs CAP_BPF, CAP_NET_ADMIN and Linux
+// 6.6.
+func AttachHost(cfg HostAttachConfig) (_ *Diverter, err error) {
+	if err := checkKernel(); err != nil {
+		return nil, err
+	}
+	nic, err := netlink.LinkByIndex(cfg.Ifindex)
+	if err != nil {
+		return nil, fmt.Errorf("xdp: interface %d: %w", cfg.Ifindex, err)
+	}
+	name := nic.Attrs().Name
+	d := &Diverter{ifindex: cfg.Ifindex, heartbeat: cfg.Heartbeat > 0}
+	defer func() {
+		if err != nil {
+			d.Close()
+		}
+	}()
+	frags := cfg.Frags || nic.Attrs().MTU > maxPlainMTU
+	xdpName, err := d.load(cfg, frags)
+	if err != nil {
+		return nil, err
+	}
+	d.flows = newFlowMap(d.collection.Maps["flows"], d.collection.Maps["pairs"])
+	if err := d.SetPorts(cfg.Ports, cfg.Exclude); err != nil {
+		return nil, err
+	}
+	if err := d.beat(); err != nil {
+		return nil, err
+	}
+
+	// What is redirected must have a way back before anything is redirected.
+	if err := d.attachTCX("tap_ingress", cfg.TAPIfindex, ebpf.AttachTCXIngress); err != nil {
+		return nil, fmt.Errorf("xdp: attach to ingress of the inner device: %w", err)
+	}
+	if err := d.attachXDP(d.collection.Programs[xdpName], nic, cfg.Mode); err != nil {
+		return nil, fmt.Errorf("xdp: attach to %s: %w", name, err)
+	}
+	if err := d.attachTCX("nic_egress", cfg.Ifindex, ebpf.AttachTCXEgress); err != nil {
+		return nil, fmt.Errorf("xdp: attach to egress of %s: %w", name, err)
+	}
+	return d, nil
+}
+
+// load puts programs and maps into the kernel.
+func (d *Diverter) load(cfg HostAttachConfig, frags bool) (xdpName string, err error) {
+	spec, err := bpf.LoadHost()
+	if err != nil {
+		return "", fmt.Errorf("xdp: read eBPF object: %w", err)
+	}
+	xdpName, unused := "host_xdp", "host_xdp_frags"
+	if frags {
+		xdpName, unused = unused, xdpName
+	}
+	delete(spec.Programs, unused)
+	if cfg.Flows > 0 {
+		spec.Maps["flows"].MaxEntries = uint32(cfg.Flows)
+		spec.Maps["pairs"].MaxEntries = uint32(cfg.Flows)
+	}
+
+	// A local attacker must guess the mark, and the address, of each start.
+	var secret [10]byte
+	rand.Read(secret[:])
+	d.mark = binary.NativeEndian.Uint32(secret[:]) | 1
+	mac := secret[4:]
+	mac[0] = mac[0]&^0x01 | 0x02 // locally administered, not a group
+	for name, value := range map[string]any{
+		"nic_ifindex":       uint32(cfg.Ifindex),
+		"tap_ifindex":       uint32(cfg.TAPIfindex),
+		"mark":              d.mark,
+		"heartbeat_timeout": uint64(cfg.Heartbeat),
+		"inject_mac_high":   binary.NativeEndian.Uint32(mac[0:]),
+		"inject_mac_low":    binary.NativeEndian.Uint16(mac[4:]),
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return "", fmt.Errorf("xdp: set eBPF variable %s: %w", name, err)
+		}
+	}
+	d.collection, err = ebpf.NewCollection(spec)
+	if err != nil {
+		return "", loadError(err)
+	}
+	return xdpName, nil
+}
+
+func loadError(err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("xdp: load eBPF programs: needs CAP_BPF and CAP_NET_ADMIN: %w", err)
+	}
+	return fmt.Errorf("xdp: load eBPF programs: %w", err)
+}
+
+func (d *Diverter) attachTCX(program string, ifindex int, at ebpf.AttachType) error {
+	l, err := link.AttachTCX(link.TCXOptions{Program: d.collection.Programs[program], Interface: ifindex, Attach: at})
+	if err != nil {
+		return attachError(err)
+	}
+	d.links = append(d.links, l)
+	return nil
+}
+
+func attachError(err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("needs CAP_NET_ADMIN: %w", err)
+	}
+	return err
+}
+
+func (d *Diverter) attachXDP(program *ebpf.Program, nic netlink.Link, mode Mode) error {
+	attach := func(flags link.XDPAttachFlags, mode Mode) error {
+		// Before the attachment: the first packet may come at once.
+		generic := uint64(0)
+		if mode == ModeGeneric {
+			generic = 1
+		}
+		if err := d.control(controlGeneric, generic); err != nil {
+			return err
+		}
+		l, err := link.AttachXDP(link.XDPOptions{Program: program, Interface: nic.Attrs().Index, Flags: flags})
+		if err != nil {
+			return attachError(err)
+		}
+		d.links = append(d.links, l)
+		d.mode = mode
+		return nil
+	}
+	var err error
+	if mode != ModeGeneric {
+		err = attach(link.XDPDriverMode, ModeCopy)
+		if err != nil && mode == ModeAuto && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EPERM) {
+			d.fallback = fmt.Errorf("native XDP: %w", err)
+			mode = ModeGeneric
+		}
+	}
+	if mode == ModeGeneric {
+		err = attach(link.XDPGenericMode, ModeGeneric)
+	}
+	switch {
+	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):
+		return fmt.Errorf("%w (%s)", ErrXDPBusy, describeXDP(nic))
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("the driver has no native XDP; mode generic works with every driver: %w", err)
+	case err != nil:
+		return err
+	}
+	info, err := program.Info()
+	if err != nil {
+		return fmt.Errorf("read program info: %w", err)
+	}
+	d.program, _ = info.ID()
+	attached.Lock()
+	defer attached.Unlock()
+	if attached.programs == nil {
+		attached.programs = make(map[ebpf.ProgramID]bool)
+	}
+	attached.programs[d.program] = true
+	return nil
+}
+
+// describeXDP tells of the XDP program on a device.
+func describeXDP(nic netlink.Link) string {
+	id, name := xdpProgram(nic)
+	if id == 0 {
+		return "unknown"
+	}
+	return strings.TrimSpace(fmt.Sprintf("id %d %s", id, name))
+}
+
+func xdpProgram(nic netlink.Link) (ebpf.ProgramID, string) {
+	fresh, err := netlink.LinkByIndex(nic.Attrs().Index)
+	if err != nil || fresh.Attrs().Xdp == nil || !fresh.Attrs().Xdp.Attached {
+		return 0, ""
+	}
+	id := ebpf.ProgramID(fresh.Attrs().Xdp.ProgId)
+	program, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return id, ""
+	}
+	defer program.Close()
+	info, err := program.Info()
+	if err != nil {
+		return id, ""
+	}
+	return id, info.Name
+}
+
+func (d *Diverter) control(key uint32, value uint64) error {
+	if err := d.collection.Maps["control"].Put(key, value); err != nil {
+		return fmt.Errorf("xdp: write eBPF control map: %w", err)
+	}
+	return nil
+}
+
+// RegisterSocket gives diverted packets of a receive queue of the NIC to s,
+// which must be bound to that queue. It ends when s is closed.
+func (d *Diverter) RegisterSocket(queue int, s *Socket) error {
+	if err := d.collection.Maps["xsks"].Put(uint32(queue), uint32(s.FD())); err != nil {
+		return fmt.Errorf("xdp: register socket for queue %d: %w", queue, err)
+	}
+	return nil
+}
+
+// Insert diverts the connection from now on. What of it arrives on a queue
+// without socket is dropped. Insert and Delete may be called by one goroutine
+// at a time.
+func (d *Diverter) Insert(key FlowKey) error { return d.flows.insert(key, 0) }
+
+// InsertSteered is Insert for a connection whose outgoing packets are to come
+// out of the given TAP queue, with SteeringProgram set on the TAP device. For
+// an inserted connection it changes the queue.
+func (d *Diverter) InsertSteered(key FlowKey, tapQueue int) error {
+	return d.flows.insert(key, uint32(tapQueue)+1)
+}
+
+// Delete lets the connection take the kernel's path again. A connection that
+// is not inserted is no error.
+func (d *Diverter) Delete(key FlowKey) error { return d.flows.delete(key) }
+
+// SteeringProgram returns the program for TAP.SetSteering.
+func (d *Diverter) SteeringProgram() *ebpf.Program { return d.collection.Programs["tap_steer"] }
+
+// SetPorts selects the connections whose SYNs are diverted: those with the
+// local or the remote port in include and neither in exclude. An empty include
+// means all ports. The ranges are inclusive. While it runs, SYNs may be judged
+// by a mixture of the old and the new ports.
+func (d *Diverter) SetPorts(include, exclude [][2]uint16) error {
+	if len(include) == 0 {
+		include = [][2]uint16{{0, 65535}}
+	}
+	var ports bpf.HostPorts
+	set := func(bits *[1024]uint64, ranges [][2]uint16) error {
+		for _, r := range ranges {
+			if r[0] > r[1] {
+				return fmt.Errorf("xdp: port range %d-%d is empty", r[0], r[1])
+			}
+			for p := int(r[0]); p <= int(r[1]); p++ {
+				bits[p/64] |= 1 << (p % 64)
+			}
+		}
+		return nil
+	}
+	if err := errors.Join(set(&ports.Include, include), set(&ports.Exclude, exclude)); err != nil {
+		return err
+	}
+	if err := d.collection.Maps["ports"].Put(uint32(0), &ports); err != nil {
+		return fmt.Errorf("xdp: write eBPF port map: %w", err)
+	}
+	return nil
+}
+
+// Enable says whether SYNs are diverted. Inserted connections are in any case.
+func (d *Diverter) Enable(on bool) error {
+	value := uint64(0)
+	if on {
+		value = 1
+	}
+	return d.control(controlEnabled, value)
+}
+
+// Require says whether SYNs from the wire are diverted even when they carry no
+// ENO option, so that the process can refuse them.
+func (d *Diverter) Require(on bool) error {
+	value := uint64(0)
+	if on {
+		value = 1
+	}
+	return d.control(controlRequire, value)
+}
+
+// Beat tells the programs that the process works; with
+// HostAttachConfig.Heartbeat it must be called several times in that time. Any
+// goroutine may call it. It is a system call.
+func (d *Diverter) Beat() error {
+	if !d.heartbeat {
+		return nil
+	}
+	return d.beat()
+}
+
+func (d *Diverter) beat() error {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return fmt.Errorf("xdp: read clock: %w", err)
+	}
+	return d.control(controlBeat, uint64(now.Nano()))
+}
+
+// Counters returns how many packets met which verdict since AttachHost. Any
+// goroutine may call it.
+func (d *Diverter) Counters() (map[string]uint64, error) {
+	return readCounters(d.collection.Maps["counters"], hostCounters)
+}
+
+// Mark returns the mark of injected packets (skb->mark), never 0, random for
+// each Diverter.
+func (d *Diverter) Mark() uint32 { return d.mark }
+
+// Mode returns how XDP is attached: ModeGeneric or, for native, ModeCopy.
+func (d *Diverter) Mode() Mode { return d.mode }
+
+// Fallback returns why native XDP was refused under ModeAuto, or nil.
+func (d *Diverter) Fallback() error { return d.fallback }
+
+// Close detaches everything, in the reverse order of attachment. No other
+// method may be running or called later.
+func (d *Diverter) Close() error {
+	var errs []error
+	for i := len(d.links) - 1; i >= 0; i-- {
+		errs = append(errs, d.links[i].Close())
+	}
+	d.links = nil
+	if d.program != 0 {
+		attached.Lock()
+		delete(attached.programs, d.program)
+		attached.Unlock()
+		d.program = 0
+	}
+	if d.collection != nil {
+		d.collection.Close()
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("xdp: detach from interface %d: %w", d.ifindex, err)
+	}
+	return nil
+}

@@ -1,0 +1,88 @@
+package xdp
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+)
+
+// flowMap is an eBPF map of connections with the map of the address pairs that
+// have any, as both the diverter and the guard have it. One goroutine at a
+// time may use it.
+type flowMap struct {
+	flows, pairs *ebpf.Map
+	users        map[[32]byte]uint32 // connections of a pair
+}
+
+func newFlowMap(flows, pairs *ebpf.Map) flowMap {
+	return flowMap{flows: flows, pairs: pairs, users: make(map[[32]byte]uint32)}
+}
+
+// insert lists a connection or changes the value of a listed one. The pair
+// comes first: while the connection is listed, its fragments are dropped.
+func (m *flowMap) insert(key FlowKey, value uint32) error {
+	err := m.flows.Update(key, value, ebpf.UpdateExist)
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return m.wrap("update", key, err)
+	}
+	pair := [32]byte(key[:32])
+	if m.users[pair] == 0 {
+		if err := m.pairs.Put(pair, uint32(1)); err != nil {
+			return m.wrap("insert addresses of", key, err)
+		}
+	}
+	m.users[pair]++
+	if err := m.flows.Put(key, value); err != nil {
+		return errors.Join(m.wrap("insert", key, err), m.releasePair(pair))
+	}
+	return nil
+}
+
+// delete unlists a connection; that it is not listed is no error.
+func (m *flowMap) delete(key FlowKey) error {
+	err := m.flows.Delete(key)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	if err != nil {
+		return m.wrap("delete", key, err)
+	}
+	return m.releasePair([32]byte(key[:32]))
+}
+
+func (m *flowMap) releasePair(pair [32]byte) error {
+	if m.users[pair]--; m.users[pair] > 0 {
+		return nil
+	}
+	delete(m.users, pair)
+	if err := m.pairs.Delete(pair); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("xdp: delete address pair from eBPF map: %w", err)
+	}
+	return nil
+}
+
+func (m *flowMap) wrap(what string, key FlowKey, err error) error {
+	local, remote, _ := SplitFlowKey(key)
+	return fmt.Errorf("xdp: %s flow %v-%v in eBPF map: %w", what, local, remote, err)
+}
+
+// readCounters sums a per-CPU array over the CPUs, by name.
+func readCounters(m *ebpf.Map, names []string) (map[string]uint64, error) {
+	out := make(map[string]uint64, len(names))
+	var perCPU []uint64
+	for i, name := range names {
+		if err := m.Lookup(uint32(i), &perCPU); err != nil {
+			return nil, fmt.Errorf("xdp: read eBPF counter %s: %w", name, err)
+		}
+		var sum uint64
+		for _, n := range perCPU {
+			sum += n
+		}
+		out[name] = sum
+	}
+	return out, nil
+}

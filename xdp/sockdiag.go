@@ -1,0 +1,164 @@
+package xdp
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// struct inet_diag_sockid, inet_diag_req_v2 and inet_diag_msg.
+const (
+	diagIDLen      = 48 // sport, dport, source, destination, interface, cookie
+	diagRequestLen = 8 + diagIDLen
+	diagMessageLen = 4 + diagIDLen + 20
+
+	sockDestroy = 21 // SOCK_DESTROY
+	stateListen = 10 // TCP_LISTEN
+	allStates   = 0xffff &^ (1 << stateListen)
+)
+
+var noCookie = [8]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff} // INET_DIAG_NOCOOKIE
+
+// diagID identifies a socket of a family to sock_diag.
+type diagID struct {
+	family uint8
+	id     [diagIDLen]byte
+}
+
+// newDiagID returns the look-up of a connection in a family.
+func newDiagID(key FlowKey, family uint8) diagID {
+	d := diagID{family: family}
+	copy(d.id[0:4], key[32:36])
+	if family == unix.AF_INET {
+		copy(d.id[4:], key[12:16])
+		copy(d.id[20:], key[28:32])
+	} else {
+		copy(d.id[4:], key[0:16])
+		copy(d.id[20:], key[16:32])
+	}
+	copy(d.id[40:], noCookie[:])
+	return d
+}
+
+// key returns the connection of a socket, without VLAN.
+func (d *diagID) key() (key FlowKey) {
+	copy(key[32:36], d.id[0:4])
+	if d.family == unix.AF_INET {
+		key[10], key[11], key[26], key[27] = 0xff, 0xff, 0xff, 0xff
+		copy(key[12:16], d.id[4:8])
+		copy(key[28:32], d.id[20:24])
+	} else {
+		copy(key[0:16], d.id[4:20])
+		copy(key[16:32], d.id[20:36])
+	}
+	return key
+}
+
+func (d *diagID) request() []byte {
+	b := make([]byte, 8, diagRequestLen)
+	b[0], b[1] = d.family, unix.IPPROTO_TCP
+	binary.NativeEndian.PutUint32(b[4:], allStates)
+	return append(b, d.id[:]...)
+}
+
+// parseDiag returns the socket of a message unless it listens: a look-up of a
+// connection that is gone finds the listener that its port belongs to.
+func parseDiag(b []byte) (diagID, bool) {
+	if len(b) < diagMessageLen || b[1] == stateListen {
+		return diagID{}, false
+	}
+	d := diagID{family: b[0]}
+	copy(d.id[:], b[4:])
+	return d, true
+}
+
+func isV4(key FlowKey) bool {
+	return [10]byte(key[0:]) == [10]byte{} && key[10] == 0xff && key[11] == 0xff
+}
+
+// withoutVLAN is the key as sockets know it.
+func withoutVLAN(key FlowKey) FlowKey {
+	clear(key[36:])
+	return key
+}
+
+// destroy ends exactly the socket that was found, by its cookie.
+func (d *diagID) destroy() error {
+	request := nl.NewNetlinkRequest(sockDestroy, unix.NLM_F_ACK)
+	request.AddRawData(d.request())
+	_, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
+	switch {
+	case err == nil, errors.Is(err, unix.ENOENT), errors.Is(err, unix.ESTALE):
+		return nil
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("xdp: end socket: the kernel lacks CONFIG_INET_DIAG_DESTROY: %w", err)
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("xdp: end socket: needs CAP_NET_ADMIN: %w", err)
+	default:
+		return fmt.Errorf("xdp: end socket: %w", err)
+	}
+}
+
+// DestroySocket ends the local TCP socket of a connection (SOCK_DESTROY): its
+// owner sees ECONNABORTED, the peer gets a RST. That there is none is no error.
+// It works in the calling thread's network namespace and needs CAP_NET_ADMIN
+// and CONFIG_INET_DIAG_DESTROY.
+func DestroySocket(key FlowKey) error {
+	family := uint8(unix.AF_INET6)
+	if isV4(key) {
+		family = unix.AF_INET // finds IPv6 sockets with mapped addresses too
+	}
+	lookup := newDiagID(key, family)
+	request := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
+	request.AddRawData(lookup.request())
+	messages, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("xdp: find socket: %w", err)
+	}
+	for _, m := range messages {
+		if found, ok := parseDiag(m); ok && found.key() == withoutVLAN(key) {
+			return found.destroy()
+		}
+	}
+	// A socket that is bound to a device is found only by looking at all.
+	_, err = DestroySockets([]FlowKey{key})
+	return err
+}
+
+// DestroySockets is DestroySocket for many connections at the cost of one walk
+// over all sockets. It returns how many sockets were ended.
+func DestroySockets(keys []FlowKey) (int, error) {
+	wanted := make(map[FlowKey]bool, len(keys))
+	for _, key := range keys {
+		wanted[withoutVLAN(key)] = true
+	}
+	ended := 0
+	var errs []error
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		all := diagID{family: family}
+		if len(keys) == 1 {
+			copy(all.id[0:4], keys[0][32:36]) // the kernel compares the ports
+		}
+		request := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
+		request.AddRawData(all.request())
+		messages, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("xdp: list sockets: %w", err))
+		}
+		for _, m := range messages {
+			found, ok := parseDiag(m)
+			if !ok || !wanted[found.key()] {
+				continue
+			}
+			if err := found.destroy(); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			ended++
+		}
+	}
+	return ended, errors.Join(errs...)
+}
