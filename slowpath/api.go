@@ -1,0 +1,173 @@
+// Package slowpath negotiates TCP-ENO (RFC 8547) and agrees on tcpcrypt keys
+// (RFC 8548 section 3.3) for connections that are being opened. It is sans-I/O:
+// a Machine takes segments, time and randomness, and returns Actions.
+//
+// A connection is here from its SYN until it is either encrypted, and handed
+// to the fast path once by an Install action, or plain TCP, and the kernel's
+// own again.
+package slowpath
+
+import (
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+)
+
+// ActionKind says what an Action asks for.
+type ActionKind uint8
+
+const (
+	// SendOuter transmits Frame on the wire.
+	SendOuter ActionKind = iota
+	// SendInner injects Frame into the local stack.
+	SendInner
+	// Divert inserts Key into the diversion map, so that later segments of
+	// the flow come to the daemon from both sides (T17).
+	Divert
+	// Undivert removes Key from the diversion map: the flow is the kernel's.
+	Undivert
+	// Install hands Est to the fast path. It comes before the SendInner that
+	// lets the inner stack see the end of its handshake, and the guard entry
+	// of the flow must be in place before that one too (T22).
+	Install
+	// Reinject gives Frame, which arrived here after Install, to the fast path.
+	Reinject
+	// Report announces that the flow Key has reached Info.State.
+	Report
+)
+
+// Action is one thing that the caller has to do. Actions are carried out in
+// the order in which they were returned.
+type Action struct {
+	Kind  ActionKind
+	Dir   packet.Direction // Reinject: where Frame came from
+	Key   packet.Key
+	Frame []byte // owned by the receiver of the action; checksums: see Machine
+	Est   *Established
+	Info  Info // Report
+}
+
+// State is the state of a flow as `tcpcrypt flows` names it.
+type State string
+
+// The states of design section 9.
+const (
+	StateOffered     State = "offered"
+	StateNegotiating State = "negotiating"
+	StateEncrypted   State = "encrypted"
+	StatePlain       State = "plain"
+	StateClosing     State = "closing"
+	StateFailed      State = "failed"
+)
+
+// Info describes a flow for people.
+type Info struct {
+	Key    packet.Key
+	State  State
+	Reason string // why it is plain or failed, one of the Reason constants
+	Role   crypto.Role
+	TEP    crypto.TEP // 0 when not negotiated
+	Since  time.Duration
+}
+
+// Reasons of plain and failed flows.
+const (
+	ReasonPeerNoENO       = "peer-no-eno"       // the SYN-ACK carried no ENO option
+	ReasonDuplicateENO    = "duplicate-eno"     // two ENO options in one SYN (ENO 4.1)
+	ReasonIllFormed       = "eno-ill-formed"    // ENO 4.4
+	ReasonVacuous         = "eno-vacuous"       // ENO 4.6
+	ReasonNoCommonTEP     = "no-common-tep"     // ENO 4.5
+	ReasonRoleConflict    = "role-conflict"     // same b bits (ENO 4.3)
+	ReasonNoENOInAck      = "no-eno-in-ack"     // first ACK without ENO (ENO 4.6)
+	ReasonNoRoom          = "no-option-room"    // the 40 option bytes are full
+	ReasonOptionConflict  = "option-conflict"   // TFO, MPTCP, MD5 or AO in the SYN
+	ReasonSYNData         = "syn-data"          // data in the SYN
+	ReasonPolicy          = "policy"            // port not selected or excluded
+	ReasonRemembered      = "peer-remembered"   // ENO failed with this peer a while ago
+	ReasonSYNRetries      = "syn-retries"       // third copy of the SYN goes without ENO (T19)
+	ReasonSimultaneous    = "simultaneous-open" // both SYNs crossed
+	ReasonLimit           = "half-open-limit"   // no memory for another half-open flow
+	ReasonRefused         = "refused"           // RST during the handshake
+	ReasonTimeout         = "exchange-timeout"  // deadline of the key exchange (T19)
+	ReasonBadMagic        = "bad-magic"
+	ReasonBadInit         = "bad-init"             // impossible message_len
+	ReasonBadKey          = "bad-key"              // key validation failed (TC 5)
+	ReasonNoCommonCipher  = "no-common-cipher"     // B supports none of A's AEADs
+	ReasonCipherUnoffered = "cipher-not-offered"   // B chose what A did not offer
+	ReasonRequired        = "encryption-required"  // plain refused by --require
+	ReasonUnsupported     = "unsupported-datalink" // frames the translator cannot carry
+	ReasonNoAnswer        = "no-answer"            // one side fell silent in the TCP handshake
+	ReasonTruncated       = "truncated"            // FIN before the end of the Init message
+	ReasonNoRandom        = "no-randomness"        // the source of keys and nonces failed
+)
+
+// Config is the policy of a Machine. It is read only after New.
+type Config struct {
+	TEPs  []crypto.TEP  // in order of preference, as A and as B
+	AEADs []crypto.AEAD // in order of preference, as A and as B
+
+	// Ports selects the flows to encrypt: a flow takes part when either its
+	// local or its remote port is selected. nil selects every flow.
+	Ports       func(local, remote uint16) bool
+	Require     bool          // refuse connections that would be plain
+	MTU         int           // IP MTU of the outer interface, bytes
+	MaxHalfOpen int           // most flows negotiated at a time, default 16384
+	Deadline    time.Duration // of the key exchange, default 3 s (T19)
+	RememberFor time.Duration // how long a failing peer is not offered ENO, default 60 s
+	// RememberPlainFor is how long a peer that answered without a usable ENO
+	// option is not offered ENO; 0: every connection tries again.
+	RememberPlainFor time.Duration
+	TombstoneFor     time.Duration // how long stragglers of a decided flow are passed on, default 5 s
+}
+
+// Established is everything the fast path needs to take over a flow. All
+// offsets count bytes of a stream from 0, the first byte after the SYN.
+type Established struct {
+	Key     packet.Key
+	Session *crypto.Session // keys of both directions; owned by the fast path from here on
+	Role    crypto.Role     // ENO role, A or B
+	TEP     crypto.TEP
+	Active  bool // the local stack opened the connection
+	Resumed bool
+
+	ISS, IRS uint32 // initial sequence numbers, local and remote; the same on both sides of the daemon
+
+	// TCP parameters.
+	PeerMSS      int   // most payload+options bytes the peer takes in a segment (its MSS option, at most what Config.MTU allows)
+	InnerMSS     int   // the same for the inner stack (the MSS it announced)
+	WScaleOK     bool  // both SYNs carried a window scale
+	LocalWScale  uint8 // shift of windows announced by the inner stack
+	RemoteWScale uint8 // shift of windows announced by the peer
+	SACKOK       bool
+	TSOK         bool
+	ECNOK        bool
+	TSLocal      uint32 // newest TSval of the inner stack
+	TSRemote     uint32 // newest TSval of the peer
+
+	// Sending: TxInit is what this side has sent outward so far, its Init
+	// message. The peer acknowledged TxAcked bytes of it; the fast path
+	// keeps and resends the rest.
+	TxInit  []byte
+	TxAcked int
+	PeerWnd int // peer's newest window in bytes, already scaled, counted from TxAcked
+
+	// Receiving: RxOffset outer bytes are consumed (the peer's Init message
+	// with any ignored trailing bytes); RxPending follows them in order and
+	// is already acknowledged or about to be.
+	RxOffset  int
+	RxPending []byte
+	RxEdge    int // right edge of the window announced outward so far, outer offset
+
+	InnerWnd int // window of the inner stack in bytes as it stood in its SYN or SYN-ACK
+
+	OuterTmpl packet.Template // headers of packets to the wire
+	InnerTmpl packet.Template // headers of packets to the inner stack
+
+	// Release is the segment that ends the inner handshake: the SYN-ACK for
+	// an active opener, the final ACK for a passive one. The slow path sends
+	// it once, the fast path again when the inner stack asks (T18).
+	Release []byte
+
+	RTT time.Duration // of the handshake, 0 when not measured
+}

@@ -1,0 +1,142 @@
+package slowpath
+
+import (
+	"container/heap"
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+)
+
+// timerHeap orders the half-open flows by the time at which each needs
+// attention.
+type timerHeap []*flow
+
+func (h timerHeap) Len() int           { return len(h) }
+func (h timerHeap) Less(i, j int) bool { return h[i].due < h[j].due }
+func (h timerHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].slot, h[j].slot = i, j
+}
+func (h *timerHeap) Push(x any) {
+	f := x.(*flow)
+	f.slot = len(*h)
+	*h = append(*h, f)
+}
+func (h *timerHeap) Pop() any {
+	old := *h
+	f := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	return f
+}
+
+// schedule sets the flow's next timer event.
+func (h *timerHeap) schedule(f *flow) {
+	f.due = f.expires
+	if f.rtoAt != 0 {
+		f.due = min(f.due, f.rtoAt)
+	}
+	heap.Fix(h, f.slot)
+}
+
+// fate is what stragglers of a decided flow meet.
+type fate uint8
+
+const (
+	fatePlain  fate = iota // passed on unmodified
+	fateHanded             // given to the fast path
+	fateDead               // answered by a reset; the flow is still diverted
+)
+
+// tomb remembers a decided flow for a while (T17).
+type tomb struct {
+	key            packet.Key
+	fate           fate
+	hasISS, hasIRS bool
+	iss, irs       uint32
+	born, expires  time.Duration
+	prev, next     *tomb
+}
+
+// graveyard holds tombs in the order of their expiry.
+type graveyard struct {
+	byKey map[packet.Key]*tomb
+	root  tomb // sentinel of the list: next is the first to expire
+}
+
+func (g *graveyard) init() {
+	g.byKey = make(map[packet.Key]*tomb)
+	g.root.next, g.root.prev = &g.root, &g.root
+}
+
+// first returns the tomb that expires next, nil when there is none.
+func (g *graveyard) first() *tomb {
+	if g.root.next == &g.root {
+		return nil
+	}
+	return g.root.next
+}
+
+// add puts t behind all others: lifetimes are equal.
+func (g *graveyard) add(t *tomb) {
+	g.byKey[t.key] = t
+	t.prev, t.next = g.root.prev, &g.root
+	t.prev.next, t.next.prev = t, t
+}
+
+func (g *graveyard) remove(t *tomb) {
+	delete(g.byKey, t.key)
+	t.prev.next, t.next.prev = t.next, t.prev
+}
+
+// maxPeers bounds the memory of failing peers.
+const maxPeers = 8192
+
+// peer is a listening endpoint.
+type peer struct {
+	addr [16]byte
+	port uint16
+}
+
+// peerMemory remembers endpoints that are not offered ENO for a while.
+type peerMemory struct {
+	until map[peer]time.Duration
+	order []peer // oldest first
+}
+
+func (p *peerMemory) add(k *packet.Key, until time.Duration) {
+	e := peer{k.Remote, k.RPort}
+	if _, known := p.until[e]; !known {
+		if len(p.order) == maxPeers {
+			delete(p.until, p.order[0])
+			p.order = p.order[1:]
+		}
+		p.order = append(p.order, e)
+	}
+	p.until[e] = until
+}
+
+func (p *peerMemory) has(k *packet.Key, now time.Duration) bool {
+	until, known := p.until[peer{k.Remote, k.RPort}]
+	return known && now < until
+}
+
+// Key agreement with P-521 costs milliseconds, so strangers get only so many.
+const (
+	p521Burst  = 64
+	p521Period = time.Second / 64
+)
+
+// bucket is a token bucket.
+type bucket struct {
+	tokens int
+	last   time.Duration
+}
+
+func (b *bucket) has(now time.Duration) bool {
+	if n := int64((now - b.last) / p521Period); n > 0 {
+		b.tokens = int(min(int64(b.tokens)+n, p521Burst))
+		b.last += time.Duration(n) * p521Period
+	}
+	return b.tokens > 0
+}

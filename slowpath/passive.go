@@ -1,0 +1,274 @@
+package slowpath
+
+import (
+	"bytes"
+	"encoding/binary"
+	"slices"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+)
+
+// accept considers a SYN from the wire. The inner stack never sees its ENO
+// option, and no data of a SYN that carries one (RFC 8547 section 4.7).
+func (m *Machine) accept(s *packet.Segment) {
+	o := readSYNOptions(s.Options())
+	tep, reason := m.acceptable(s, &o)
+	var opts []byte
+	if reason == "" {
+		var ok bool
+		if opts, ok = m.inwardSYN(s, &o).apply(s.Options()); !ok {
+			reason = ReasonNoRoom
+		}
+	}
+	if reason != "" {
+		m.plainSYN(s, packet.FromOuter, reason)
+		return
+	}
+	if tep == crypto.TEPP521 {
+		m.p521.tokens--
+	}
+	f := &flow{
+		key: s.Key, phase: phaseListen, since: m.now, expires: m.now + offerIdle,
+		irs: s.Seq, remote: o, tep: tep, tepByte: byte(tep), localENO: AppendAnswer(nil, tep),
+		tsRemote: s.TSval,
+	}
+	f.inner.Learn(s)
+	learnReverse(&f.outer, s, packet.FromOuter)
+	m.add(f)
+	m.sendInward(f, s, opts)
+}
+
+// inwardSYN says how the SYN has to be changed for the inner stack. Fast Open
+// goes too: it would let the inner stack send before encryption is decided.
+func (m *Machine) inwardSYN(s *packet.Segment, o *synOptions) *optionEdit {
+	return &optionEdit{mss: m.shownMSS(o, s.V6), tfo: true}
+}
+
+func (m *Machine) sendInward(f *flow, s *packet.Segment, opts []byte) {
+	f.ecnSYN = s.Flags&(packet.ECE|packet.CWR) == packet.ECE|packet.CWR
+	m.send(f.key, packet.FromOuter, rewriteSYN(s, opts))
+}
+
+// acceptable returns the TEP to answer with, or why ENO is disabled (RFC 8547
+// sections 4.1, 4.4 to 4.6).
+func (m *Machine) acceptable(s *packet.Segment, o *synOptions) (tep crypto.TEP, reason string) {
+	switch {
+	case m.cfg.Ports != nil && !m.cfg.Ports(s.Key.LPort, s.Key.RPort):
+		return 0, ReasonPolicy
+	case o.enos == 0:
+		return 0, ReasonPeerNoENO
+	case o.enos > 1:
+		return 0, ReasonDuplicateENO
+	case o.conflict:
+		return 0, ReasonOptionConflict
+	}
+	offer, err := ParseENO(o.option())
+	if err != nil {
+		return 0, ReasonIllFormed
+	}
+	if tep, reason = ChooseTEP(&offer, m.cfg.TEPs); reason != "" {
+		return 0, reason
+	}
+	if len(m.flows) >= m.cfg.MaxHalfOpen {
+		return 0, ReasonLimit
+	}
+	if tep == crypto.TEPP521 && !m.p521.has(m.now) {
+		cheap := slices.DeleteFunc(slices.Clone(m.cfg.TEPs), func(t crypto.TEP) bool { return t == crypto.TEPP521 })
+		if tep, reason = ChooseTEP(&offer, cheap); reason != "" {
+			return 0, ReasonLimit
+		}
+	}
+	return tep, ""
+}
+
+// passiveInner takes a segment of the inner stack of a passive opener.
+func (m *Machine) passiveInner(f *flow, s *packet.Segment) {
+	isSYNACK := s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK
+	switch {
+	case s.Flags&packet.RST != 0 && f.phase == phaseExchange:
+		m.bury(f, fateDead)
+		m.resetOuter(f)
+		m.report(f.info(), StateFailed, ReasonRefused)
+	case s.Flags&packet.RST != 0:
+		m.refused(f, s, packet.FromInner)
+	case isSYNACK && s.Ack == f.irs+1 && f.phase == phaseListen:
+		m.answerSYN(f, s)
+	case isSYNACK && s.Ack == f.irs+1 && s.Seq == f.iss:
+		m.synAckCopy(f, s)
+	case f.phase == phaseListen && s.Flags&(packet.SYN|packet.ACK) == packet.SYN:
+		m.toPlain(f, s, packet.FromInner, ReasonSimultaneous)
+	case f.phase == phaseListen && s.Flags&(packet.SYN|packet.FIN|packet.ACK) == packet.ACK && s.Len() == 0:
+		// The socket of an older connection defends itself; the peer will
+		// reset it and try again.
+		f.strayAck, f.hasStray = s.Ack, true
+		m.send(f.key, packet.FromInner, copyFrame(s))
+	default:
+		m.count(dropInner)
+	}
+}
+
+// answerSYN adds ENO to the inner stack's SYN-ACK.
+func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
+	f.iss = s.Seq
+	f.local = readSYNOptions(s.Options())
+	f.innerWnd = int(s.Wnd)
+	f.outer.Learn(s)
+	f.tsOK = f.local.ts && f.remote.ts
+	f.ecnOK = f.ecnSYN && s.Flags&(packet.ECE|packet.CWR) == packet.ECE
+	f.phase = phaseAnswered
+	if !m.recordSYNACK(f, s) {
+		m.toPlain(f, s, packet.FromInner, ReasonNoRoom)
+		return
+	}
+	m.count(countAnswered)
+	m.resendSYNACK(f)
+	f.expires = m.now + answerIdle
+}
+
+// recordSYNACK makes the outer form of a SYN-ACK; false when ENO finds no room.
+func (m *Machine) recordSYNACK(f *flow, s *packet.Segment) bool {
+	opts, ok := (&optionEdit{eno: f.localENO}).apply(s.Options())
+	if !ok {
+		return false
+	}
+	f.tsLocal = s.TSval
+	f.synack = rewriteSYN(s, opts)
+	f.rxEdge = max(f.rxEdge, capWindow(f.synack, s.L4))
+	return true
+}
+
+// resendSYNACK sends the recorded SYN-ACK: same ENO, same ISN (T18).
+func (m *Machine) resendSYNACK(f *flow) {
+	f.noteSent(m.now)
+	m.emit(Action{Kind: SendOuter, Key: f.key, Frame: bytes.Clone(f.synack)})
+}
+
+// synAckCopy treats a retransmission of the inner SYN-ACK.
+func (m *Machine) synAckCopy(f *flow, s *packet.Segment) {
+	if f.phase == phaseExchange {
+		// The final ACK is held back until the keys are there (T18).
+		m.count(countAbsorbed)
+		f.tsLocal = s.TSval
+		return
+	}
+	m.recordSYNACK(f, s)
+	m.resendSYNACK(f)
+	f.expires = m.now + answerIdle
+}
+
+// passiveOuter takes a segment from the peer of a passive opener.
+func (m *Machine) passiveOuter(f *flow, s *packet.Segment) {
+	isSYN := s.Flags&(packet.SYN|packet.ACK) == packet.SYN
+	switch {
+	case f.phase == phaseExchange:
+		m.exchange(f, s)
+	case isSYN && s.Seq == f.irs:
+		m.remoteSYNCopy(f, s)
+	case isSYN && f.phase == phaseListen:
+		// The peer gave the first attempt up, and the inner stack has not
+		// answered it.
+		m.remove(f)
+		m.emit(Action{Kind: Undivert, Key: f.key})
+		m.report(f.info(), StateFailed, ReasonNoAnswer)
+		m.accept(s)
+	case f.phase == phaseListen:
+		m.listenOuter(f, s)
+	default:
+		m.answeredOuter(f, s)
+	}
+}
+
+// remoteSYNCopy treats a retransmission of the peer's SYN.
+func (m *Machine) remoteSYNCopy(f *flow, s *packet.Segment) {
+	o := readSYNOptions(s.Options())
+	if o.enos == 0 {
+		// The active opener has disabled ENO (RFC 8547 section 4.6).
+		m.toPlain(f, s, packet.FromOuter, ReasonSYNRetries)
+		return
+	}
+	if f.phase == phaseAnswered {
+		m.resendSYNACK(f)
+		f.expires = m.now + answerIdle
+		return
+	}
+	if opts, ok := m.inwardSYN(s, &o).apply(s.Options()); ok {
+		m.sendInward(f, s, opts)
+		f.expires = m.now + offerIdle
+	}
+}
+
+// listenOuter takes a segment other than a SYN while the inner stack has not
+// answered.
+func (m *Machine) listenOuter(f *flow, s *packet.Segment) {
+	switch {
+	case s.Flags&packet.RST == 0:
+		m.count(dropUnacceptable)
+	case s.Seq == f.irs+1:
+		m.refused(f, s, packet.FromOuter)
+	case f.hasStray && s.Seq == f.strayAck:
+		f.hasStray = false
+		m.send(f.key, packet.FromOuter, copyFrame(s))
+	default:
+		m.count(dropUnacceptable)
+	}
+}
+
+// answeredOuter takes a segment while the first ACK is awaited, which decides
+// (RFC 8547 section 4.6). It has to be acceptable to the letter: what a blind
+// sender makes up must decide nothing (T12).
+func (m *Machine) answeredOuter(f *flow, s *packet.Segment) {
+	off := int(packet.SeqDiff(s.Seq, f.irs+1))
+	inWindow := off >= 0 && off <= f.rxEdge
+	switch {
+	case s.Flags&packet.RST != 0 && off == 0:
+		m.refused(f, s, packet.FromOuter)
+		return
+	case s.Flags&packet.RST != 0:
+		if inWindow {
+			m.challenge(f)
+		}
+		m.count(dropUnacceptable)
+		return
+	case s.Flags&packet.SYN != 0, !inWindow,
+		f.tsOK && s.HasTS && packet.SeqDiff(s.TSval, f.tsRemote) < 0:
+		m.count(dropUnacceptable)
+		m.challenge(f)
+		return
+	case s.Flags&packet.ACK == 0:
+		m.count(dropUnacceptable)
+		return
+	case s.Ack != f.iss+1:
+		m.count(dropUnacceptable)
+		m.count(countResets)
+		m.answer(f.key, packet.FromOuter, reset(s, packet.FromOuter))
+		return
+	}
+	if !hasENO(s.Options()) {
+		m.toPlain(f, s, packet.FromOuter, ReasonNoENOInAck)
+		return
+	}
+	f.phase = phaseExchange
+	f.release = m.finalAck(f, s)
+	f.edge = f.scaled(s.Wnd)
+	m.startExchange(f)
+	m.report(f.info(), StateNegotiating, "")
+	m.exchange(f, s)
+}
+
+// finalAck makes the pure ACK that ends the inner handshake out of the first
+// segment of encryption.
+func (m *Machine) finalAck(f *flow, s *packet.Segment) []byte {
+	var edit optionEdit
+	opts, ok := edit.apply(s.Options())
+	if !ok {
+		opts = nil
+	}
+	b := packet.Rewrite(nil, s, opts, nil)
+	t := b[s.L4:]
+	binary.BigEndian.PutUint32(t[tcpSeq:], f.irs+1)
+	t[tcpOffset] &= 0xf0
+	t[tcpFlags] = packet.ACK
+	binary.BigEndian.PutUint16(t[18:], 0)
+	return b
+}
