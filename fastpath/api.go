@@ -1,0 +1,93 @@
+// Package fastpath translates established tcpcrypt flows between the wire and
+// the local TCP stack: flow table, translation by the rules T1-T21, the worker
+// loop over vectors of packets, and the ports the packets come through.
+package fastpath
+
+import (
+	"log/slog"
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+)
+
+// HostConfig says how a Host is to be run. Flags and configuration keys of the
+// command line map onto it one to one.
+type HostConfig struct {
+	Interface string // outer interface, e.g. eth0
+	Mode      string // auto, zerocopy, copy or generic
+	Queues    []int  // NIC queues to bind; nil: all
+	CPUs      []int  // CPUs to pin workers to; nil: not pinned
+	Ports     []PortRange
+	Exclude   []PortRange
+	TEPs      []crypto.TEP
+	AEADs     []crypto.AEAD
+	NoResume  bool
+	Require   bool
+	Log       *slog.Logger
+}
+
+// PortRange is an inclusive range of TCP ports. An empty list of ranges
+// selects every port where it includes, and none where it excludes.
+type PortRange struct{ First, Last uint16 }
+
+// QueueStatus is the mode that one NIC queue really got.
+type QueueStatus struct {
+	Queue    int    `json:"queue"`
+	Worker   int    `json:"worker"`
+	CPU      int    `json:"cpu"`                // -1: not pinned
+	Mode     string `json:"mode"`               // zerocopy, copy or generic
+	Refused  string `json:"refused,omitempty"`  // why a better mode was not had
+	Checksum string `json:"checksum,omitempty"` // software or offload
+}
+
+// Status is the answer to `tcpcrypt status`.
+type Status struct {
+	Interface string        `json:"interface"`
+	Driver    string        `json:"driver"`
+	MTU       int           `json:"mtu"`
+	Inner     string        `json:"inner"` // name of the TAP device
+	Mode      string        `json:"mode"`  // the weakest mode of any queue
+	Queues    []QueueStatus `json:"queues"`
+	Guard     string        `json:"guard"` // state of the side-door guard: "active" or why not
+	Engine    string        `json:"aead_engine"`
+	PID       int           `json:"pid"`
+	Uptime    float64       `json:"uptime_s"`
+	Draining  bool          `json:"draining"`
+	Flows     int           `json:"flows"`     // encrypted or closing
+	HalfOpen  int           `json:"half_open"` // offered or negotiating
+	Ended     int           `json:"ended"`     // aborted at start: left over from a daemon that died
+}
+
+// FlowInfo is one row of `tcpcrypt flows`.
+type FlowInfo struct {
+	Local       string         `json:"local"`
+	Remote      string         `json:"remote"`
+	VLAN        uint16         `json:"vlan,omitempty"`
+	State       slowpath.State `json:"state"`
+	Reason      string         `json:"reason"`
+	Role        string         `json:"role"`
+	TEP         string         `json:"tep"`
+	AEAD        string         `json:"aead"`
+	Resumed     bool           `json:"resumed"`
+	SessionID   string         `json:"session_id"`
+	BytesIn     uint64         `json:"bytes_in"`
+	BytesOut    uint64         `json:"bytes_out"`
+	FramesIn    uint64         `json:"frames_in"`
+	FramesOut   uint64         `json:"frames_out"`
+	Retransmits uint64         `json:"retransmits"`
+	RekeysIn    uint64         `json:"rekeys_in"`
+	RekeysOut   uint64         `json:"rekeys_out"`
+	Worker      int            `json:"worker"`
+	Age         float64        `json:"age_s"`
+}
+
+// Stats is the answer to `tcpcrypt stats`: monotonic counters since start.
+type Stats struct {
+	Counters map[string]uint64 `json:"counters"` // packets, drops and events by name
+	Reasons  map[string]uint64 `json:"reasons"`  // ended, plain and failed flows by reason
+}
+
+// DefaultDrain is how long Host.Drain lets encrypted flows finish by
+// themselves before they are aborted.
+const DefaultDrain = 5 * time.Second

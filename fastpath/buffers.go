@@ -1,0 +1,155 @@
+package fastpath
+
+import "github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
+
+const (
+	slabSize = 16 << 10 // holds several frames of any size a segment can carry
+	bigSize  = 3 + 65535
+)
+
+// Where the bytes of a retained frame or a piece of custody live.
+const (
+	refNone  = iota
+	refChunk // an RX chunk of the UMEM, idx is its number
+	refSlab  // a slab of the buffers, idx is its index
+)
+
+// ref is one counted hold on a buffer.
+type ref struct {
+	kind uint8
+	idx  uint32
+}
+
+type slab struct {
+	mem  []byte
+	used int // bytes handed out from the front
+	refs int32
+}
+
+// buffers is a worker's memory for what must outlive a packet vector: slabs on
+// the heap, and counted holds on RX chunks. Only the worker touches it.
+type buffers struct {
+	umem    *xdp.Umem
+	holds   []uint16 // per chunk
+	shift   uint
+	held    int // chunks with holds
+	maxHeld int // above this, custody moves to slabs
+	slabs   []slab
+	free    []uint32 // slabs of slabSize without refs
+	freeBig []uint32 // slabs of bigSize without refs
+	used    int      // bytes of all slabs with refs
+	budget  int      // most bytes of slabs
+}
+
+func newBuffers(u *xdp.Umem, budget int) *buffers {
+	b := &buffers{umem: u, budget: budget, holds: make([]uint16, u.Chunks())}
+	for 1<<b.shift < u.ChunkSize() {
+		b.shift++
+	}
+	b.maxHeld = u.Chunks() / 2
+	return b
+}
+
+// hold counts another user of the chunk that holds addr.
+func (b *buffers) hold(addr uint64) ref {
+	i := uint32(addr >> b.shift)
+	if b.holds[i] == 0 {
+		b.held++
+	}
+	b.holds[i]++
+	return ref{refChunk, i}
+}
+
+// crowded reports whether too many RX chunks are held to hold another for long.
+func (b *buffers) crowded() bool { return b.held > b.maxHeld }
+
+// alloc takes n bytes, at most bigSize, from a slab of its own size class. With
+// cur it continues the slab that *cur names (index plus one), so that a flow's
+// bytes lie together; a slab is recycled when all its refs are gone. It fails
+// when the budget is used up.
+func (b *buffers) alloc(n int, cur *uint32) (mem []byte, r ref, off uint32, ok bool) {
+	if n > slabSize {
+		i, ok := b.take(&b.freeBig, bigSize)
+		if !ok {
+			return nil, ref{}, 0, false
+		}
+		s := &b.slabs[i]
+		s.used, s.refs = bigSize, 1
+		return s.mem[:n:n], ref{refSlab, i}, 0, true
+	}
+	if *cur != 0 {
+		if s := &b.slabs[*cur-1]; s.used+n <= slabSize {
+			off = uint32(s.used)
+			s.used += n
+			s.refs++
+			return s.mem[off:s.used:s.used], ref{refSlab, *cur - 1}, off, true
+		}
+		b.leave(cur)
+	}
+	i, ok := b.take(&b.free, slabSize)
+	if !ok {
+		return nil, ref{}, 0, false
+	}
+	s := &b.slabs[i]
+	// One ref for the caller's bytes and one for cur, which may hand out more.
+	s.used, s.refs = n, 2
+	*cur = i + 1
+	return s.mem[:n:n], ref{refSlab, i}, 0, true
+}
+
+// leave gives up cur's own hold on its slab.
+func (b *buffers) leave(cur *uint32) {
+	if *cur != 0 {
+		r := ref{refSlab, *cur - 1}
+		*cur = 0
+		b.release(r)
+	}
+}
+
+func (b *buffers) take(list *[]uint32, size int) (uint32, bool) {
+	if b.used+size > b.budget {
+		return 0, false
+	}
+	b.used += size
+	if n := len(*list); n > 0 {
+		i := (*list)[n-1]
+		*list = (*list)[:n-1]
+		return i, true
+	}
+	b.slabs = append(b.slabs, slab{mem: make([]byte, size)})
+	return uint32(len(b.slabs) - 1), true
+}
+
+// release ends one hold.
+func (b *buffers) release(r ref) {
+	switch r.kind {
+	case refChunk:
+		b.holds[r.idx]--
+		if b.holds[r.idx] == 0 {
+			b.held--
+			b.umem.Free(uint64(r.idx) << b.shift)
+		}
+	case refSlab:
+		s := &b.slabs[r.idx]
+		s.refs--
+		if s.refs == 0 {
+			b.used -= len(s.mem)
+			if len(s.mem) == slabSize {
+				b.free = append(b.free, r.idx)
+			} else {
+				b.freeBig = append(b.freeBig, r.idx)
+			}
+		}
+	}
+}
+
+// bytes returns n bytes at off of what r holds.
+func (b *buffers) bytes(r ref, off uint32, n int) []byte {
+	if r.kind == refChunk {
+		return b.umem.Bytes(uint64(r.idx)<<b.shift+uint64(off), n)
+	}
+	if r.kind == refNone {
+		return nil
+	}
+	return b.slabs[r.idx].mem[off : int(off)+n]
+}

@@ -1,0 +1,942 @@
+package fastpath
+
+import (
+	"encoding/binary"
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
+)
+
+const (
+	minRTO      = 200 * time.Millisecond
+	maxInnerRTO = 2 * time.Second
+	finWait     = time.Second           // for a valid retransmission after a bare FIN (T9)
+	delayedAck  = 40 * time.Millisecond // RFC 1122 allows 500 ms, Linux takes 40
+	// How long the numbers of a flow that has ended are kept (T20): as long as
+	// the kernel's TIME_WAIT where the peer may still miss our last ACK, the
+	// shorter time where it cannot, or after a reset, or when there are many.
+	lingerLong  = 60 * time.Second
+	lingerReset = 10 * time.Second
+	lingerShort = 2 * time.Second
+	manyLinger  = 1 << 16
+	maxCtlTries = 8
+
+	// maxInnerPayload keeps an inner packet's IP length within 16 bits.
+	maxInnerPayload = 65535 - packet.IPv6Len - packet.TCPLen - packet.MaxOptions
+	maxInnerPieces  = 64
+
+	// VectorSize is the most packets that are worked on together.
+	VectorSize = 256
+)
+
+// Reasons of flows that the fast path ended, beside those of package slowpath.
+const (
+	ReasonClosed        = "closed"          // both directions ended authentically
+	ReasonAuth          = "auth"            // a frame failed authentication (TC 3.6)
+	ReasonTruncated     = "truncated"       // FIN without FINp (TC 3.7)
+	ReasonDataAfterFINp = "data-after-finp" // TC 3.7
+	ReasonFrameLength   = "frame-length"    // clen too short for a tag and flags
+	ReasonFrameFormat   = "frame-format"    // an authentic frame without its urgent field
+	ReasonPeerReset     = "peer-reset"
+	ReasonLocalReset    = "local-reset"
+	ReasonPeerSilent    = "peer-silent" // control bytes were never acknowledged
+	ReasonReplaced      = "replaced"    // the local stack reused the ports
+	ReasonShutdown      = "shutdown"    // the daemon was told to stop
+)
+
+// EngineConfig sizes an Engine. Zero values take the defaults.
+type EngineConfig struct {
+	Umem        *xdp.Umem
+	Virtual     bool   // outer packets may carry just the pseudo-header sum (T12)
+	Memory      int    // bytes for retained frames and custody of all flows, default 256 MiB
+	FlowBudget  int    // the same for one flow and direction, default 8 MiB
+	RekeyFrames uint64 // frames sealed under one key, default by AEAD (T11)
+	Drain       func() // called when an output vector is full: it must empty both
+}
+
+// EngineStats counts what an Engine did.
+type EngineStats struct {
+	OuterIn, InnerIn                             uint64 // packets received for live flows
+	SegmentsOut, AcksOut, Retransmits            uint64
+	InnerSegments, InnerAcks, InnerResends       uint64
+	Sealed, Opened                               uint64 // frames
+	BadChecksum, Malformed, PAWS, BadSeq, BadAck uint64
+	BeyondWindow, OverBudget                     uint64
+	Duplicates, OutOfOrder                       uint64
+	OOODrops, InnerGaps, InnerGapDrops           uint64
+	NoChunk, NoMemory                            uint64 // transmissions and claims lost to exhaustion
+	Challenges, ResetsIgnored                    uint64
+	ICMPIn, ICMPDropped                          uint64
+	ToSlow, Unknown                              uint64
+}
+
+// EventKind says what happened to a flow.
+type EventKind uint8
+
+const (
+	// FlowEnded: the flow is closed or aborted, Info tells how. Its number
+	// space lingers.
+	FlowEnded EventKind = iota
+	// FlowGone: the flow has left the table; its map entries can go.
+	FlowGone
+	// SlowFrame: Frame is for the slow path.
+	SlowFrame
+)
+
+// Event is a message from an Engine to the slow path's side. Events must be
+// handled in order.
+type Event struct {
+	Kind    EventKind
+	Key     packet.Key
+	Dir     packet.Direction // SlowFrame
+	Frame   []byte           // SlowFrame: owned by the receiver
+	Info    FlowInfo         // FlowEnded
+	Destroy bool             // FlowGone: the local socket may still be there and must not be left
+}
+
+// InnerPacket is a packet for the local stack: virtio-net header and packet
+// headers, then the payload's pieces. It is valid until the next call of the
+// engine.
+type InnerPacket struct {
+	buf    [xdp.VnetHdrLen + packet.MaxHeaders]byte
+	hdrLen int
+	raw    []byte // a whole packet with its virtio-net header instead of buf
+	data   [][]byte
+}
+
+// Header returns the virtio-net header and the packet's headers.
+func (p *InnerPacket) Header() []byte {
+	if p.raw != nil {
+		return p.raw
+	}
+	return p.buf[:p.hdrLen]
+}
+
+// Data returns the payload's pieces.
+func (p *InnerPacket) Data() [][]byte { return p.data }
+
+type outMeta struct {
+	l3, l4 uint8
+	v6     bool
+}
+
+// Engine translates the flows of one worker. It does no I/O: packets and time
+// go in, packets and events come out. Only one goroutine may use it.
+type Engine struct {
+	cfg    EngineConfig
+	umem   *xdp.Umem
+	buf    *buffers
+	tab    *table
+	timers timerHeap
+	now    time.Duration
+	st     EngineStats
+
+	dirty    []*flow
+	open     []crypto.OpenOp
+	openMeta []openMeta
+	seal     []crypto.SealOp
+	seg      packet.Segment
+	opts     [packet.MaxOptions]byte
+	sackOpt  [packet.MaxOptions]byte
+
+	out       []xdp.Desc
+	outMeta   []outMeta
+	in        []InnerPacket
+	nIn       int
+	limbo     []ref // see releaseLater
+	lingering int
+	events    []Event
+
+	// reinjected is set while a frame is worked on that the slow path gave
+	// back: it must not go there a second time.
+	reinjected bool
+}
+
+// NewEngine makes an engine without flows.
+func NewEngine(cfg EngineConfig) *Engine {
+	if cfg.Memory == 0 {
+		cfg.Memory = 256 << 20
+	}
+	if cfg.FlowBudget == 0 {
+		cfg.FlowBudget = 8 << 20
+	}
+	e := &Engine{
+		cfg: cfg, umem: cfg.Umem, buf: newBuffers(cfg.Umem, cfg.Memory), tab: newTable(),
+		open: make([]crypto.OpenOp, 0, VectorSize), openMeta: make([]openMeta, 0, VectorSize),
+		seal: make([]crypto.SealOp, 0, VectorSize),
+		out:  make([]xdp.Desc, 0, 2*VectorSize), outMeta: make([]outMeta, 0, 2*VectorSize),
+		in: make([]InnerPacket, VectorSize), dirty: make([]*flow, 0, VectorSize),
+	}
+	for i := range e.in {
+		e.in[i].data = make([][]byte, 0, maxInnerPieces)
+	}
+	return e
+}
+
+// Out returns the frames to transmit on the wire; the chunks belong to the
+// caller. FinishOut must have been called on them.
+func (e *Engine) Out() []xdp.Desc { return e.out }
+
+// ClearOut empties the outgoing vector.
+func (e *Engine) ClearOut() { e.out, e.outMeta = e.out[:0], e.outMeta[:0] }
+
+// FinishOut completes the outgoing vector's TCP checksums: in software, or
+// through request, which asks the port's hardware for the checksum over
+// [start, end of frame) to be stored at start+offset.
+func (e *Engine) FinishOut(request func(d *xdp.Desc, start, offset uint16)) {
+	for i := range e.out {
+		d, m := &e.out[i], &e.outMeta[i]
+		if m.l4 == 0 {
+			continue
+		}
+		f := e.umem.Bytes(d.Addr, int(d.Len))
+		if request == nil {
+			packet.FullChecksum(f, int(m.l3), int(m.l4), m.v6)
+			continue
+		}
+		packet.PartialChecksum(f, int(m.l3), int(m.l4), len(f)-int(m.l4), m.v6)
+		request(d, uint16(m.l4), 16)
+	}
+}
+
+// In returns the packets for the local stack.
+func (e *Engine) In() []InnerPacket { return e.in[:e.nIn] }
+
+// ClearIn empties the vector of packets for the local stack.
+func (e *Engine) ClearIn() {
+	for i := range e.in[:e.nIn] {
+		p := &e.in[i]
+		clear(p.data)
+		p.data, p.raw = p.data[:0], nil
+	}
+	e.nIn = 0
+	for _, r := range e.limbo {
+		e.buf.release(r)
+	}
+	e.limbo = e.limbo[:0]
+}
+
+// releaseLater ends a hold on custody, but not before the packets for the local
+// stack that may point to it have been taken.
+func (e *Engine) releaseLater(r ref) {
+	if e.nIn > 0 {
+		e.limbo = append(e.limbo, r)
+	} else {
+		e.buf.release(r)
+	}
+}
+
+// Events returns and forgets the events since the last call; the slice is
+// valid until the next call of the engine.
+func (e *Engine) Events() []Event {
+	ev := e.events
+	e.events = e.events[:0]
+	return ev
+}
+
+// Stats returns the counters.
+func (e *Engine) Stats() EngineStats { return e.st }
+
+// Flows returns the number of live flows and the number of those that linger.
+func (e *Engine) Flows() (live, linger int) {
+	e.tab.each(func(f *flow) {
+		if f.state == flowLive {
+			live++
+		} else {
+			linger++
+		}
+	})
+	return live, linger
+}
+
+// Snapshot appends a description of each live flow to dst.
+func (e *Engine) Snapshot(dst []FlowInfo) []FlowInfo {
+	e.tab.each(func(f *flow) {
+		if f.state == flowLive {
+			dst = append(dst, e.info(f))
+		}
+	})
+	return dst
+}
+
+func (e *Engine) info(f *flow) FlowInfo {
+	st := slowpath.StateEncrypted
+	switch {
+	case f.state == flowReset:
+		st = slowpath.StateFailed
+	case f.finSealed || f.finp:
+		st = slowpath.StateClosing
+	}
+	return FlowInfo{
+		Local: f.key.LocalAddr().String(), Remote: f.key.RemoteAddr().String(), VLAN: f.key.VLAN,
+		State: st, Reason: f.reason, Role: f.role.String(), TEP: f.tep.String(), AEAD: f.aead.String(), Resumed: f.resumed,
+		SessionID: hexID(f.id), BytesIn: f.bytesIn, BytesOut: f.bytesOut, FramesIn: f.framesIn, FramesOut: f.framesOut,
+		Retransmits: f.retransmits, RekeysIn: f.rekeysIn, RekeysOut: f.rekeysOut, Age: (e.now - f.born).Seconds(),
+	}
+}
+
+func (e *Engine) pushOuter(d xdp.Desc, m outMeta) {
+	if len(e.out) == cap(e.out) {
+		e.cfg.Drain()
+	}
+	e.out = append(e.out, d)
+	e.outMeta = append(e.outMeta, m)
+}
+
+func (e *Engine) newInner() *InnerPacket {
+	if e.nIn == len(e.in) {
+		e.cfg.Drain()
+	}
+	e.nIn++
+	return &e.in[e.nIn-1]
+}
+
+// touch puts a flow on the list of those to flush at the end of the vector.
+func (e *Engine) touch(f *flow) {
+	if !f.dirty {
+		f.dirty = true
+		e.dirty = append(e.dirty, f)
+	}
+}
+
+// Install takes over a flow from the slow path. The inner stack must not see
+// the end of its handshake before.
+func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
+	e.now = now
+	if old := e.tab.find(&est.Key); old != nil {
+		e.forget(old, false)
+	}
+	f := newFlow(est, now)
+	f.keyFrames = f.aead.RekeyFrames()
+	if e.cfg.RekeyFrames != 0 {
+		f.keyFrames = min(f.keyFrames, e.cfg.RekeyFrames)
+	}
+	e.tab.insert(f)
+	if n := len(est.TxInit); n > 0 {
+		mem, r, off, ok := e.buf.alloc(n, &f.txSlab)
+		if !ok {
+			e.abort(f, slowpath.ReasonLimit)
+			return
+		}
+		copy(mem, est.TxInit)
+		*f.recs.push() = rec{oLen: uint32(n), ref: r, off: off, psh: true}
+		f.txBytes += n
+		if f.unaO >= f.sealO {
+			e.ackedBy(f, f.unaO)
+		} else {
+			e.arm(f, timerCtl, now+f.ctlRTO)
+		}
+	}
+	if !f.innerUp {
+		e.arm(f, timerInner, now+f.innerRTO)
+	}
+	if len(est.RxPending) > 0 {
+		e.consume(f, est.RxPending, source{})
+	}
+	e.touch(f)
+	e.flush()
+}
+
+// OuterIn works on a vector of frames from the wire. It takes over their chunks.
+func (e *Engine) OuterIn(v []xdp.Desc, now time.Duration) {
+	e.now = now
+	for i := range v {
+		d := &v[i]
+		r := e.buf.hold(d.Addr)
+		e.outerFrame(e.umem.Bytes(d.Addr, int(d.Len)), r, uint32(d.Addr&uint64(e.umem.ChunkSize()-1)))
+		e.buf.release(r)
+	}
+	e.flush()
+}
+
+// OuterFrame works on one frame from the wire that does not lie in a chunk,
+// such as a packet of several buffers. The frame is not used after the call.
+func (e *Engine) OuterFrame(frame []byte, now time.Duration) {
+	e.now = now
+	e.outerFrame(frame, ref{}, 0)
+	e.flush()
+}
+
+func (e *Engine) outerFrame(frame []byte, r ref, off uint32) {
+	s := &e.seg
+	if err := packet.Parse(frame, packet.FromOuter, s); err != nil {
+		if err != packet.ErrNotTCP || !e.outerICMP(frame) {
+			e.st.Malformed++
+		}
+		return
+	}
+	if !s.ChecksumOK(e.cfg.Virtual) {
+		e.st.BadChecksum++
+		return
+	}
+	f := e.tab.find(&s.Key)
+	if f == nil {
+		e.toSlow(packet.FromOuter, s.Frame)
+		return
+	}
+	e.st.OuterIn++
+	if f.state != flowLive {
+		e.outerLate(f, s)
+		return
+	}
+	e.outerSegment(f, s, source{ref: r, off: off + uint32(s.Data)})
+}
+
+// outerSegment: validity first, then acknowledgement, then data (T12).
+func (e *Engine) outerSegment(f *flow, s *packet.Segment, src source) {
+	o := offOf(f.irs, s.Seq, f.nxtO)
+	n := int64(s.Len())
+	if s.Flags&packet.SYN != 0 {
+		// A copy of the handshake, or a blind one (RFC 5961 section 4). A
+		// lost final ACK is answered by the first form at once.
+		if s.Flags&packet.ACK != 0 && s.Seq == f.irs {
+			e.sendOuterAck(f, f.sentO)
+		} else {
+			e.challenge(f)
+		}
+		return
+	}
+	if s.Flags&packet.RST != 0 {
+		switch {
+		case o == int64(f.nxtO):
+			e.peerReset(f)
+		case o > int64(f.nxtO) && o <= int64(f.rxEdge):
+			e.challenge(f)
+		default:
+			e.st.ResetsIgnored++
+		}
+		return
+	}
+	if f.tsOK && s.HasTS && packet.SeqDiff(s.TSval, f.tsRemote) < 0 {
+		e.st.PAWS++
+		if n > 0 {
+			e.challenge(f)
+		}
+		return
+	}
+	if o+n < int64(f.ackSentO) || o > int64(f.rxEdge) {
+		e.st.BadSeq++
+		if n > 0 && o+n <= int64(f.nxtO) {
+			f.dsack = run{s: uint64(max(o, 0)), e: uint64(max(o+n, 1))}
+		}
+		// A keep-alive or window probe lives on this answer.
+		f.ackNow = true
+		if s.Flags&packet.FIN != 0 && o+n == int64(f.nxtO)-1 {
+			f.ackNow = f.finTaken
+		}
+		e.touch(f)
+		return
+	}
+	if s.Flags&packet.ACK == 0 {
+		return
+	}
+	a := offOf(f.iss, s.Ack, f.unaO)
+	if a > int64(f.sentO) || a < int64(f.unaO)-1<<30 {
+		e.st.BadAck++
+		e.challenge(f)
+		return
+	}
+	if f.tsOK && s.HasTS {
+		if o <= int64(f.nxtO) {
+			f.tsRemote = s.TSval
+		}
+		f.tsRemoteEcr = s.TSecr
+	}
+	f.inner.Learn(s)
+	if n > 0 {
+		f.rcvMSS = max(f.rcvMSS, int(n))
+		if s.Flags&packet.CWR != 0 {
+			f.eceLatch = false
+			f.rxCWR = true
+		}
+		if s.TOS&3 == 3 {
+			src.mark |= markCE
+			f.eceLatch = f.ecnOK
+		} else {
+			f.rxECN = s.TOS & 3
+		}
+		if s.Flags&packet.PSH != 0 {
+			src.mark |= markPSH
+		}
+	}
+	if f.probing {
+		f.probing, f.ackMustI = false, true
+	}
+	f.peerECE = s.Flags&packet.ECE != 0 && f.ecnOK
+	e.outerAck(f, s, uint64(o), a, n)
+	e.outerData(f, o, s.Payload(), src, s.Flags&packet.FIN != 0)
+	e.touch(f)
+}
+
+// outerAck takes acknowledgement, window and SACK of an outer segment.
+func (e *Engine) outerAck(f *flow, s *packet.Segment, o uint64, a, n int64) {
+	advanced := a > int64(f.unaO)
+	if advanced {
+		e.ackedBy(f, uint64(a))
+	}
+	if a < int64(f.unaO) {
+		return
+	}
+	edge := uint64(a) + uint64(s.Wnd)<<f.remoteShift
+	moved := edge != f.edgeO
+	if advanced || int64(o) > int64(f.wl1) || o == f.wl1 && (int64(edge) > int64(f.edgeO) || s.Wnd == 0) {
+		f.wl1 = o
+		if moved {
+			f.edgeO = edge
+			f.ackDueI = true
+			if f.held {
+				f.holdRTO = minRTO
+			}
+		}
+	}
+	// True duplicates, and whatever carries SACK blocks, are shown to the
+	// inner stack one by one: its loss recovery counts them.
+	sack := f.mapSACK(s, e.sackOpt[:packet.MaxOptions-12*b2i(f.tsOK)])
+	if n == 0 && s.Flags&packet.FIN == 0 && !advanced && !moved && f.sentO > f.unaO && f.innerUp && (sack != nil || !f.sackOK) {
+		e.sendInnerAck(f, sack)
+	} else if sack != nil && f.innerUp {
+		e.sendInnerAck(f, sack)
+	}
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// challenge sends an ACK that tells an honest peer where we are, a few a second
+// (RFC 5961).
+func (e *Engine) challenge(f *flow) {
+	if e.now-f.challengeAt >= time.Second {
+		f.challengeAt, f.challengeN = e.now, 0
+	}
+	if f.challengeN < 10 {
+		f.challengeN++
+		e.st.Challenges++
+		e.sendOuterAck(f, f.sentO)
+	}
+}
+
+// peerReset: an exact reset by the peer (T15).
+func (e *Engine) peerReset(f *flow) {
+	e.runOpen()
+	if f.state != flowLive {
+		return
+	}
+	e.deliver(f)
+	e.sendInnerReset(f, seqOf(f.irs, f.sntI))
+	e.end(f, flowReset, ReasonPeerReset)
+}
+
+// abort ends a flow on both sides (TC 3.3, T15).
+func (e *Engine) abort(f *flow, reason string) {
+	if f.state != flowLive {
+		return
+	}
+	e.runSeal()
+	e.sendOuterReset(f, seqOf(f.iss, f.sentO))
+	if f.innerUp {
+		e.sendInnerReset(f, seqOf(f.irs, f.sntI))
+	} else {
+		// Still in SYN-SENT: only the acknowledgement counts (RFC 9293).
+		e.sendInnerReset(f, f.irs)
+	}
+	e.end(f, flowReset, reason)
+}
+
+// end releases everything a flow held but its numbers, and reports it.
+func (e *Engine) end(f *flow, state uint8, reason string) {
+	f.reason = reason
+	e.runSeal()
+	f.state = state
+	e.events = append(e.events, Event{Kind: FlowEnded, Key: f.key, Info: e.info(f)})
+	for f.recs.len() > 0 {
+		e.buf.release(f.recs.at(0).ref)
+		f.recs.pop()
+	}
+	f.recs.clear()
+	for f.pieces.len() > 0 {
+		e.releaseLater(f.pieces.at(0).ref)
+		f.pieces.pop()
+	}
+	f.pieces.clear()
+	for i := range f.ooo {
+		e.buf.release(f.ooo[i].ref)
+	}
+	if f.asm != nil {
+		e.buf.release(f.asmRef)
+	}
+	e.buf.leave(&f.txSlab)
+	e.buf.leave(&f.rxSlab)
+	f.ooo, f.runs, f.asm, f.asmHave, f.backlog, f.release = nil, nil, nil, 0, nil, nil
+	f.hdrN, f.txBytes, f.cursor = 0, 0, 0
+	f.sess.Erase()
+	f.sess, f.txKey = nil, nil
+	f.timers = [numTimers]time.Duration{}
+	linger := lingerShort
+	switch {
+	case state == flowReset:
+		linger = lingerReset
+	case f.closedFirst && e.lingering < manyLinger:
+		linger = lingerLong
+	}
+	e.lingering++
+	e.arm(f, timerLinger, e.now+linger)
+}
+
+// forget removes a flow from the table.
+func (e *Engine) forget(f *flow, destroy bool) {
+	if f.state == flowLive {
+		e.end(f, flowReset, ReasonReplaced)
+	}
+	f.gone = true
+	e.lingering--
+	e.timers.remove(f)
+	e.tab.remove(f)
+	e.events = append(e.events, Event{Kind: FlowGone, Key: f.key, Destroy: destroy})
+}
+
+// outerLate answers a segment for a flow that has ended.
+func (e *Engine) outerLate(f *flow, s *packet.Segment) {
+	if s.Flags&(packet.SYN|packet.ACK) == packet.SYN {
+		e.forget(f, false)
+		e.toSlow(packet.FromOuter, s.Frame)
+		return
+	}
+	if s.Flags&packet.RST != 0 {
+		return
+	}
+	if f.state == flowReset {
+		if s.Flags&packet.ACK != 0 {
+			e.sendOuterReset(f, s.Ack)
+		}
+		return
+	}
+	if s.Len() > 0 || s.Flags&packet.FIN != 0 {
+		e.challenge(f)
+	}
+}
+
+// InnerIn works on one packet from the local stack: a virtio-net header, then
+// the frame, which may be a super-segment. buf is scratch: its bytes are
+// overwritten, and are not used after Flush.
+func (e *Engine) InnerIn(buf []byte, now time.Duration) {
+	e.now = now
+	if len(buf) < xdp.VnetHdrLen {
+		return
+	}
+	v := xdp.ParseVnetHdr(buf)
+	frame := buf[xdp.VnetHdrLen:]
+	s := &e.seg
+	if err := packet.Parse(frame, packet.FromInner, s); err != nil {
+		e.st.Malformed++
+		return
+	}
+	gs := 0
+	if v.GSOType&^xdp.VnetGSOECN != 0 {
+		gs = int(v.GSOSize)
+	}
+	f := e.tab.find(&s.Key)
+	if f == nil {
+		e.cutToSlow(s, gs)
+		return
+	}
+	e.st.InnerIn++
+	if f.state != flowLive {
+		e.innerLate(f, s)
+		return
+	}
+	if s.Flags&packet.SYN != 0 {
+		e.innerSYN(f, s)
+		return
+	}
+	if s.Flags&packet.RST != 0 {
+		e.runSeal()
+		e.sendOuterReset(f, seqOf(f.iss, f.sentO))
+		e.end(f, flowReset, ReasonLocalReset)
+		return
+	}
+	if s.Flags&packet.ACK == 0 {
+		return
+	}
+	if !f.innerUp {
+		f.innerUp = true
+		f.innerRTO = minRTO
+		f.disarm(timerInner)
+	}
+	f.outer.Learn(s)
+	if s.HasTS && packet.SeqDiff(s.TSval, f.tsLocal) > 0 {
+		f.tsLocal = s.TSval
+	}
+	if n := s.Len(); n > 0 {
+		f.txECN = s.TOS & 3
+	}
+	e.innerAcked(f, s, s.Len() == 0 && s.Flags&packet.FIN == 0)
+	e.innerData(f, s.Seq, frame[s.Data-1:len(s.Frame)], gs, s.Flags, s.Urg)
+	e.touch(f)
+}
+
+// innerSYN: a copy of the inner handshake, which the release answers (T18), or
+// a new connection on the same ports.
+func (e *Engine) innerSYN(f *flow, s *packet.Segment) {
+	if s.Seq == f.iss && len(f.release) > 0 {
+		e.SendInner(f.release, e.now)
+		return
+	}
+	if s.Flags&packet.ACK != 0 {
+		return
+	}
+	e.forget(f, false)
+	e.toSlow(packet.FromInner, s.Frame)
+}
+
+// innerLate answers the local stack for a flow that has ended.
+func (e *Engine) innerLate(f *flow, s *packet.Segment) {
+	if s.Flags&packet.SYN != 0 {
+		e.forget(f, false)
+		e.toSlow(packet.FromInner, s.Frame)
+		return
+	}
+	if s.Flags&packet.RST != 0 {
+		return
+	}
+	if f.state == flowReset {
+		if s.Flags&packet.ACK != 0 {
+			e.sendInnerReset(f, s.Ack)
+		}
+		return
+	}
+	if s.Len() > 0 || s.Flags&packet.FIN != 0 {
+		e.sendInnerAck(f, nil)
+	}
+}
+
+// Flush completes a vector of InnerIn calls.
+func (e *Engine) Flush(now time.Duration) {
+	e.now = now
+	e.flush()
+}
+
+// flush runs the queued cryptography and then, flow by flow, what the vector
+// of packets has made due.
+func (e *Engine) flush() {
+	e.runSeal()
+	e.runOpen()
+	for i := 0; i < len(e.dirty); i++ {
+		f := e.dirty[i]
+		f.dirty = false
+		if f.state == flowLive {
+			e.flushFlow(f)
+		}
+		e.dirty[i] = nil
+	}
+	e.dirty = e.dirty[:0]
+}
+
+func (e *Engine) flushFlow(f *flow) {
+	if f.rxGen == f.rxGenQ {
+		f.sess.AdvanceRecv(f.rxGen)
+	}
+	e.control(f)
+	sent := f.sentO
+	e.pushNew(f)
+	if f.sentO != sent && f.timers[timerCtl] == 0 {
+		if _, _, ok := f.controlOutstanding(); ok {
+			e.arm(f, timerCtl, e.now+f.ctlRTO)
+		}
+	}
+	e.outerFin(f)
+	e.deliver(f)
+	e.ackOuter(f)
+	if f.ackMustI && f.innerUp {
+		e.sendInnerAck(f, nil)
+	}
+	if f.ackDueI && f.innerUp {
+		// An ACK that tells nothing new would look like a duplicate (T2).
+		w := e.innerWindow(f) << f.remoteShift
+		if f.ackI != f.ackShownI || w > f.wndShownI || w<<1 < f.wndShownI {
+			e.sendInnerAck(f, nil)
+		}
+		f.ackDueI = false
+	}
+	if f.finp && f.finSealed && f.unaO == f.sealO && f.innerAck == f.dlvI+1 {
+		if f.finTaken {
+			e.end(f, flowLinger, ReasonClosed)
+		} else if f.timers[timerFin] == 0 {
+			// Both ends are authentic; only the bare outer FIN is missing,
+			// and with a dead peer it will not come.
+			e.arm(f, timerFin, e.now+lingerLong)
+		}
+	}
+}
+
+// ackOuter decides whether the peer gets an ACK now. In steady state the inner
+// stack's own ACKs set the pace; out of order, inside a frame, and when the
+// inner window is closed, the daemon follows TCP's rule of every second
+// segment (T1).
+func (e *Engine) ackOuter(f *flow) {
+	un := f.nxtO - f.ackSentO
+	target := e.rxTarget(f)
+	mss := uint64(f.rcvMSS)
+	opened := target >= f.rxEdge+2*mss || target > f.rxEdge && f.rxEdge < f.nxtO+mss
+	partial := uint64(f.hdrN + f.asmHave)
+	now := f.ackNow || f.innerAcks && (un > 0 || opened)
+	now = now || min(un, partial) >= 2*mss
+	now = now || un >= 2*mss && (f.sntI < f.dlvI || !f.innerUp)
+	now = now || opened && partial > 0
+	f.innerAcks = false
+	switch {
+	case now:
+		e.sendOuterAck(f, f.sentO)
+	case un > 0 && f.timers[timerAck] == 0:
+		e.arm(f, timerAck, e.now+delayedAck)
+	}
+}
+
+// fire runs one timer of a flow.
+func (e *Engine) fire(f *flow, which int) {
+	switch which {
+	case timerLinger:
+		e.forget(f, f.state == flowReset)
+	case timerAck:
+		if f.nxtO != f.ackSentO {
+			e.sendOuterAck(f, f.sentO)
+		}
+	case timerFin:
+		if f.finp {
+			e.end(f, flowLinger, ReasonClosed)
+		} else if f.peerFin && !f.finTaken && f.nxtO == f.peerFinO {
+			e.abort(f, ReasonTruncated)
+		}
+	case timerInner:
+		e.innerFired(f)
+	case timerHold:
+		e.holdFired(f)
+		e.touch(f)
+	case timerCtl:
+		from, to, ok := f.controlOutstanding()
+		if !ok {
+			return
+		}
+		if f.ctlRTO > minRTO<<maxCtlTries {
+			e.abort(f, ReasonPeerSilent)
+			return
+		}
+		e.runSeal()
+		e.xmit(f, from, to, false, true)
+		f.ctlRTO *= 2
+		e.arm(f, timerCtl, e.now+f.ctlRTO)
+	}
+}
+
+// AbortAll ends every live flow with the given reason.
+func (e *Engine) AbortAll(reason string, now time.Duration) {
+	e.now = now
+	var fs []*flow
+	e.tab.each(func(f *flow) { fs = append(fs, f) })
+	for _, f := range fs {
+		e.abort(f, reason)
+		e.forget(f, f.state == flowReset)
+	}
+	e.flush()
+}
+
+// Reinject works on a frame of a live flow that had gone to the slow path
+// before the flow was installed. The frame is not used after the call.
+func (e *Engine) Reinject(dir packet.Direction, frame []byte, now time.Duration) {
+	e.reinjected = true
+	if dir == packet.FromOuter {
+		e.OuterFrame(frame, now)
+	} else {
+		e.InnerIn(append(make([]byte, xdp.VnetHdrLen), frame...), now)
+		e.flush()
+	}
+	e.reinjected = false
+}
+
+// toSlow gives the slow path a frame of a flow that is not ours.
+func (e *Engine) toSlow(dir packet.Direction, frame []byte) {
+	if e.reinjected {
+		e.st.Unknown++
+		return
+	}
+	e.st.ToSlow++
+	e.events = append(e.events, Event{Kind: SlowFrame, Dir: dir, Frame: append([]byte(nil), frame...)})
+}
+
+// cutToSlow does the same with an inner packet, cut to segments.
+func (e *Engine) cutToSlow(s *packet.Segment, gs int) {
+	p := s.Payload()
+	if gs <= 0 || len(p) <= gs || e.reinjected {
+		e.toSlow(packet.FromInner, s.Frame)
+		return
+	}
+	for off := 0; off < len(p); off += gs {
+		m := min(gs, len(p)-off)
+		f := packet.Rewrite(nil, s, s.Options(), p[off:off+m])
+		binary.BigEndian.PutUint32(f[s.L4+4:], s.Seq+uint32(off))
+		fl := s.Flags
+		if off+m < len(p) {
+			fl &^= packet.FIN | packet.PSH
+		}
+		if off > 0 {
+			fl &^= packet.CWR
+		}
+		f[s.L4+13] = fl
+		e.st.ToSlow++
+		e.events = append(e.events, Event{Kind: SlowFrame, Dir: packet.FromInner, Frame: f})
+	}
+}
+
+// SendOuter transmits a frame that the slow path made. Its TCP checksum is
+// filled in later.
+func (e *Engine) SendOuter(frame []byte, now time.Duration) {
+	e.now = now
+	addr, ok := e.umem.Alloc()
+	if !ok {
+		e.st.NoChunk++
+		return
+	}
+	addr += xdp.Headroom
+	var x packet.L3Info
+	if len(frame) > e.umem.ChunkSize()-xdp.Headroom || packet.ParseL3(frame, &x) != nil || x.Proto != 6 {
+		e.umem.Free(addr)
+		e.st.Malformed++
+		return
+	}
+	n := copy(e.umem.Bytes(addr, len(frame)), frame[:x.End])
+	e.pushOuter(xdp.Desc{Addr: addr, Len: uint32(n)}, outMeta{uint8(x.L3), uint8(x.L4), x.V6})
+}
+
+// SendInner injects a frame into the local stack. The frame must have come
+// from the local slow path, or have passed ChecksumOK.
+func (e *Engine) SendInner(frame []byte, now time.Duration) {
+	e.now = now
+	var x packet.L3Info
+	if packet.ParseL3(frame, &x) != nil {
+		e.st.Malformed++
+		return
+	}
+	p := e.newInner()
+	p.raw = make([]byte, xdp.VnetHdrLen+x.End)
+	copy(p.raw[xdp.VnetHdrLen:], frame[:x.End])
+	if x.Proto == 6 {
+		packet.PartialChecksum(p.raw[xdp.VnetHdrLen:], x.L3, x.L4, x.End-x.L4, x.V6)
+		v := xdp.VnetHdr{Flags: xdp.VnetNeedsCsum, CsumStart: uint16(x.L4), CsumOffset: 16}
+		v.Put(p.raw)
+	}
+}
+
+func hexID(id [33]byte) string {
+	const digits = "0123456789abcdef"
+	b := make([]byte, 66)
+	for i, c := range id {
+		b[2*i], b[2*i+1] = digits[c>>4], digits[c&15]
+	}
+	return string(b)
+}

@@ -1,0 +1,231 @@
+package fastpath
+
+import (
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+)
+
+// Life of a flow in the fast path.
+const (
+	flowLive   = iota
+	flowLinger // both directions ended well: keys are gone, numbers are kept (T20)
+	flowReset  // aborted: whoever still speaks is answered with a reset
+)
+
+// overhead is what a frame adds to the data it carries (invariant 7).
+const overhead = crypto.Overhead
+
+// flow is one established connection. It belongs to one worker and has no
+// lock. Offsets are 64 bit and count bytes of a stream from 0, the first byte
+// after the SYN: I for the inner (plaintext) stream, O for the outer one.
+//
+// Inner to outer is a translator (tx fields), outer to inner a receiver with
+// custody (rx fields); see T1.
+type flow struct {
+	key   packet.Key
+	state uint8
+	gone  bool // removed from the table
+	dirty bool // on the engine's list of flows to flush
+
+	iss, irs uint32 // initial sequence numbers, local and remote
+
+	// --- sending: inner to outer ---
+	sealI, sealO uint64 // next inner byte to seal, and the outer byte it gets (T4)
+	sentO        uint64 // outer bytes below were transmitted, the FIN counts as one
+	unaO         uint64 // outer bytes below are acknowledged by the peer
+	ackI         uint64 // unaO mapped inward, rounded down (T3): acknowledged to the inner stack
+	edgeO        uint64 // right edge of the peer's window
+	wl1          uint64 // outer offset of the segment that last updated edgeO
+	recs         ring[rec]
+	txSlab       uint32
+	txBytes      int // retained bytes
+	meanData     int // data bytes of a recent mean frame
+	outMSS       int // most option and payload bytes of an outer segment
+	finSealed    bool
+	closedFirst  bool   // before the peer's FIN was acknowledged: the last ACK may be ours
+	initO        uint64 // end of the Init message that this side sent
+	held         bool   // sealed bytes wait for the peer's window (T6)
+	holdRTO      time.Duration
+	ctlRTO       time.Duration
+	backlog      []backlogged // inner data above sealI (T7)
+	txGen        uint32
+	txKey        *crypto.Key
+	txKeyFrames  uint64 // frames sealed under txKey
+	keyFrames    uint64 // and the most there may be (T11)
+
+	// --- receiving: outer to inner ---
+	nxtO      uint64 // next in-order outer byte, the FIN counts as one
+	rcvMSS    int    // largest segment received
+	rxEdge    uint64 // right edge advertised to the peer; never retreats (T13)
+	ackSentO  uint64 // newest acknowledgement sent to the peer
+	frameO    uint64 // start of the frame that is being assembled
+	hdr       [crypto.FrameHeader]byte
+	hdrN      int    // bytes of hdr seen, while less than three
+	asm       []byte // frame being assembled, nil when none is
+	asmHave   int
+	asmRef    ref
+	asmOff    uint32
+	opening   uint64 // outer bytes of frames queued for opening
+	asmMark   uint8
+	rxSlab    uint32
+	ooo       []oooSeg // sorted, disjoint, above nxtO
+	oooBytes  int
+	runs      []run // the same, as runs for SACK
+	stamp     uint32
+	dsack     run
+	rxGen     uint32 // generation of the newest frame opened
+	rxGenQ    uint32 // generation of the newest frame queued for opening
+	finp      bool   // FINp was opened: the plaintext ends at dlvI
+	peerFin   bool   // an outer FIN was seen ...
+	peerFinO  uint64 // ... at this offset
+	finTaken  bool   // and acknowledged
+	ackNow    bool
+	innerAcks bool // the inner stack acknowledged something in this vector
+
+	dlvI      uint64 // end of the plaintext in custody
+	sntI      uint64 // plaintext below was given to the inner stack; the FIN counts as one
+	sntMaxI   uint64
+	innerAck  uint64 // acknowledged by the inner stack
+	innerEdge uint64 // right edge of the inner stack's window
+	innerUp   bool   // the inner stack may be sent data
+	innerDups int
+	pieces    ring[piece]
+	cursor    int // piece that sntI lies in
+	inMSS     int // payload bytes of an inner segment
+	innerRTO  time.Duration
+
+	// --- both ---
+	tsOK, sackOK, wsOK, ecnOK bool
+	localShift, remoteShift   uint8
+	tsLocal                   uint32 // newest TSval of the inner stack
+	tsRemote, tsRemoteEcr     uint32 // newest TSval and TSecr of the peer
+	eceLatch                  bool   // CE was seen and CWR not yet (T16)
+	txCWR, rxCWR              bool
+	peerECE                   bool
+	txECN, rxECN              uint8 // ECT codepoint of the sender's data
+
+	ackDueI   bool // an inner ACK is owed if it tells something new
+	ackMustI  bool // an inner ACK is owed in any case
+	probing   bool // and will be, once the peer has answered a probe
+	wndShownI uint64
+	ackShownI uint64
+
+	outer, inner packet.Template
+	sess         *crypto.Session
+	release      []byte
+	pmtu         int
+
+	timers [numTimers]time.Duration
+	heapIx int
+	heapAt time.Duration
+
+	challengeAt time.Duration // start of the current second of challenge ACKs
+	challengeN  int
+
+	born    time.Duration
+	id      [33]byte
+	tep     crypto.TEP
+	aead    crypto.AEAD
+	role    crypto.Role
+	active  bool
+	resumed bool
+	reason  string
+	rtt     time.Duration
+
+	bytesIn, bytesOut, framesIn, framesOut, retransmits, rekeysIn, rekeysOut uint64
+}
+
+// rec is one sealed frame, or control bytes, or a FIN, in order and gapless:
+// the map between the inner and the outer stream (T3), and the bytes to resend.
+type rec struct {
+	o, i       uint64
+	oLen, iLen uint32 // a FIN counts as one byte in both
+	ref        ref
+	off        uint32
+	hdr        uint8 // bytes before the first data byte; 0 for control bytes
+	fin, psh   bool
+}
+
+// piece is plaintext in custody: opened, not yet acknowledged by the inner stack.
+type piece struct {
+	at   uint64
+	ref  ref
+	off  uint32
+	n    uint32
+	urg  uint16 // urgent pointer relative to the piece, 0 for none
+	mark uint8
+}
+
+// Marks of received bytes.
+const (
+	markCE  = 1 << iota // congestion experienced on a segment of the frame
+	markPSH             // the segment that completed the frame had PSH
+)
+
+// oooSeg is an outer segment's payload above a gap.
+type oooSeg struct {
+	o    uint64
+	n    uint32
+	ref  ref
+	off  uint32
+	mark uint8
+}
+
+type run struct {
+	s, e  uint64
+	stamp uint32
+}
+
+// backlogged is inner data that came before the bytes it follows.
+type backlogged struct {
+	i    uint64
+	buf  []byte // one byte of headroom, then the data
+	gs   int
+	flag uint8
+	urg  uint16
+}
+
+// seqOf returns the sequence number of offset off in a stream with the given
+// initial sequence number.
+func seqOf(isn uint32, off uint64) uint32 { return isn + 1 + uint32(off) }
+
+// offOf extends a sequence number to the offset nearest to near (T11). The
+// result is negative for numbers before the stream's first byte.
+func offOf(isn, seq uint32, near uint64) int64 {
+	return int64(near) + int64(int32(seq-seqOf(isn, near)))
+}
+
+func newFlow(est *slowpath.Established, now time.Duration) *flow {
+	f := &flow{
+		key: est.Key, iss: est.ISS, irs: est.IRS, born: now, heapIx: -1,
+		sess: est.Session, role: est.Role, tep: est.TEP, aead: est.Session.AEAD(), id: est.Session.ID(),
+		active: est.Active, resumed: est.Resumed, release: est.Release, rtt: est.RTT,
+		tsOK: est.TSOK, sackOK: est.SACKOK, wsOK: est.WScaleOK, ecnOK: est.ECNOK,
+		tsLocal: est.TSLocal, tsRemote: est.TSRemote, tsRemoteEcr: est.TSLocal,
+		outer: est.OuterTmpl, inner: est.InnerTmpl,
+		outMSS: est.PeerMSS, inMSS: est.InnerMSS, meanData: 1400, rcvMSS: 536,
+		holdRTO: minRTO, ctlRTO: minRTO, innerRTO: minRTO,
+	}
+	if est.WScaleOK {
+		f.localShift, f.remoteShift = est.LocalWScale, est.RemoteWScale
+	}
+	if f.tsOK {
+		f.inMSS -= 12
+	}
+	f.inMSS = max(f.inMSS, 88)
+	f.ctlRTO = max(minRTO, 3*est.RTT)
+	f.sealO = uint64(len(est.TxInit))
+	f.initO = f.sealO
+	f.unaO, f.sentO = uint64(est.TxAcked), f.sealO
+	f.edgeO = f.unaO + uint64(est.PeerWnd)
+	f.txKey = f.sess.SendKey(0)
+	f.nxtO = uint64(est.RxOffset)
+	f.ackSentO = f.nxtO
+	f.rxEdge = max(uint64(est.RxEdge), f.nxtO)
+	f.innerEdge = uint64(est.InnerWnd)
+	f.innerUp = !est.Active
+	return f
+}

@@ -1,0 +1,560 @@
+package fastpath
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
+)
+
+const (
+	ringSize    = 4096
+	maxRecent   = 1024             // plain and failed flows that are remembered for `flows`
+	keepRecent  = 60 * time.Second // and how long
+	maxQueues   = 64
+	txReserve   = 1024 // chunks that the fill rings leave for transmission
+	smallChunk  = 2048
+	largeChunk  = 4096
+	chunksQueue = 8192 // chunks per queue beside the common ones
+	chunksBase  = 16384
+)
+
+// Host is host mode (design section 3): one NIC, one TAP to the local kernel,
+// the worker that translates between them, and the slow path beside it. All
+// exported methods may be called from any goroutine.
+type Host struct {
+	cfg   HostConfig
+	log   *slog.Logger
+	start time.Time
+	caps  xdp.Capabilities
+
+	umem     *xdp.Umem
+	socks    []*xdp.Socket
+	tap      *xdp.TAP
+	diverter *xdp.Diverter
+	guard    *xdp.Guard
+	queues   []QueueStatus
+	mode     xdp.Mode
+	ended    int
+
+	worker *worker
+	slow   *slowSide
+
+	link      chan error // the device is down or gone
+	stopLink  func()
+	draining  atomic.Bool
+	done      chan struct{}
+	err       error
+	closeOnce sync.Once
+	closeErr  error
+}
+
+// StartHost attaches to the interface and starts translating. On error nothing
+// stays attached; the error is one line that says what a user can change.
+func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	h := &Host{cfg: cfg, log: cfg.Log, start: time.Now(), done: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			h.detach()
+		}
+	}()
+	if cfg.NoResume {
+		// Resumption does not exist yet, so there is nothing to switch off.
+		h.log.Debug("session resumption is not offered")
+	}
+	want, err := xdp.ParseMode(cfg.Mode)
+	if err != nil {
+		return nil, err
+	}
+	if h.caps, err = xdp.Probe(cfg.Interface); err != nil {
+		return nil, err
+	}
+	// Encryption is not offered before the kernel's generator is seeded
+	// (ENO 5, TC 8): this read blocks until it is.
+	if _, err = rand.Read(make([]byte, 32)); err != nil {
+		return nil, fmt.Errorf("randomness: %w", err)
+	}
+	queues, err := h.pickQueues()
+	if err != nil {
+		return nil, err
+	}
+	if err = h.openPorts(want, queues); err != nil {
+		return nil, err
+	}
+	h.slow = newSlowSide(h)
+	eng := NewEngine(EngineConfig{Umem: h.umem, Virtual: h.caps.Virtual})
+	cpu := -1
+	if len(cfg.CPUs) > 0 {
+		cpu = cfg.CPUs[0]
+	}
+	if h.worker, err = newWorker(0, cpu, eng, h.umem, h.socks, h.tap.Queue(0), h.slow.events, h.start); err != nil {
+		return nil, err
+	}
+	for i := range h.queues {
+		h.queues[i].CPU = cpu
+		h.queues[i].Checksum = "software"
+		if h.worker.offload {
+			h.queues[i].Checksum = "offload"
+		}
+	}
+	h.worker.reclaim()
+	// Only now may packets come: the rings are filled and both sides run.
+	go h.worker.run()
+	go h.slow.run()
+	if err = errors.Join(h.diverter.Beat(), h.diverter.Enable(true)); err != nil {
+		h.stopThreads()
+		return nil, err
+	}
+	h.link = make(chan error, 1)
+	if h.stopLink, err = xdp.WatchLink(h.caps.Ifindex, h.link); err != nil {
+		h.stopThreads()
+		return nil, err
+	}
+	go h.watch()
+	return h, nil
+}
+
+// pickQueues decides which NIC queues to bind. Leaving one out would send its
+// flows past the daemon, so all must be named.
+func (h *Host) pickQueues() ([]int, error) {
+	n := h.caps.RXQueues
+	if n > maxQueues {
+		return nil, fmt.Errorf("%s has %d queues, at most %d are supported: reduce them with ethtool -L", h.cfg.Interface, n, maxQueues)
+	}
+	if len(h.cfg.Queues) == 0 {
+		qs := make([]int, n)
+		for i := range qs {
+			qs[i] = i
+		}
+		return qs, nil
+	}
+	seen := make(map[int]bool)
+	for _, q := range h.cfg.Queues {
+		if q < 0 || q >= n {
+			return nil, fmt.Errorf("queue %d: %s has queues 0-%d", q, h.cfg.Interface, n-1)
+		}
+		seen[q] = true
+	}
+	if len(seen) != n {
+		return nil, fmt.Errorf("%s has %d receive queues, all of them must be bound, only %d are named: flows of the others could not be decrypted", h.cfg.Interface, n, len(seen))
+	}
+	return h.cfg.Queues, nil
+}
+
+// openPorts binds the NIC queues and makes the TAP, then attaches the diverter,
+// which is still disabled, and the guard.
+func (h *Host) openPorts(want xdp.Mode, queues []int) error {
+	chunk := smallChunk
+	if h.caps.MTU+packet.EthLen+packet.VLANLen > smallChunk-xdp.Headroom {
+		chunk = largeChunk
+	}
+	var err error
+	h.umem, err = xdp.NewUmem(xdp.UmemConfig{Chunks: chunksBase + chunksQueue*len(queues), ChunkSize: chunk, TXMetadata: true})
+	if err != nil {
+		return err
+	}
+	h.tap, err = xdp.OpenTAP(xdp.TAPConfig{Queues: 1, MTU: h.caps.MTU})
+	if err != nil {
+		return err
+	}
+	modes := []xdp.Mode{want}
+	if want == xdp.ModeAuto {
+		modes = []xdp.Mode{xdp.ModeZeroCopy, xdp.ModeCopy, xdp.ModeGeneric}
+	}
+	refused := ""
+	for _, m := range modes {
+		err = h.bindQueues(m, queues, chunk)
+		if err == nil {
+			h.mode = m
+			for i := range h.queues {
+				h.queues[i].Refused = refused
+			}
+			break
+		}
+		if refused != "" {
+			refused += "; "
+		}
+		refused += m.String() + ": " + err.Error()
+	}
+	if err != nil {
+		return fmt.Errorf("bind %s: %s", h.cfg.Interface, refused)
+	}
+	h.guard, err = h.openGuard()
+	return err
+}
+
+func (h *Host) bindQueues(m xdp.Mode, queues []int, chunk int) (err error) {
+	defer func() {
+		if err != nil {
+			h.unbind()
+		}
+	}()
+	h.diverter, err = xdp.AttachHost(xdp.HostAttachConfig{
+		Ifindex: h.caps.Ifindex, TAPIfindex: h.tap.Ifindex(), Mode: m,
+		Frags: h.multiBuffer(m, chunk), Heartbeat: beatStale,
+		Ports: portRanges(h.cfg.Ports), Exclude: portRanges(h.cfg.Exclude),
+	})
+	if err != nil {
+		return err
+	}
+	if err = h.diverter.Require(h.cfg.Require); err != nil {
+		return err
+	}
+	for _, q := range queues {
+		s, err := xdp.NewSocket(h.umem, xdp.SocketConfig{
+			Ifindex: h.caps.Ifindex, Queue: q, Mode: m,
+			FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize, Reserve: txReserve,
+			MultiBuffer: h.multiBuffer(m, chunk),
+		})
+		if err != nil {
+			return fmt.Errorf("queue %d: %w", q, err)
+		}
+		h.socks = append(h.socks, s)
+		if err := h.diverter.RegisterSocket(q, s); err != nil {
+			return err
+		}
+		h.queues = append(h.queues, QueueStatus{Queue: q, Mode: s.Mode().String(), CPU: -1})
+	}
+	return nil
+}
+
+// multiBuffer reports whether packets may be larger than a chunk: by the MTU,
+// or because a virtual device hands merged ones to generic XDP.
+func (h *Host) multiBuffer(m xdp.Mode, chunk int) bool {
+	return h.caps.MTU+packet.EthLen+packet.VLANLen > chunk-xdp.Headroom || m == xdp.ModeGeneric && h.caps.Virtual
+}
+
+func (h *Host) unbind() {
+	for _, s := range h.socks {
+		_ = s.Close()
+	}
+	h.socks, h.queues = nil, nil
+	if h.diverter != nil {
+		_ = h.diverter.Close()
+		h.diverter = nil
+	}
+}
+
+// openGuard takes over the guard that a killed daemon left, or makes one, and
+// ends the sockets whose encryption died with that daemon (T22).
+func (h *Host) openGuard() (*xdp.Guard, error) {
+	g, left, err := xdp.OpenGuard(h.caps.Ifindex, h.diverter.Mark())
+	if err != nil {
+		return nil, err
+	}
+	h.leftovers(g, left)
+	return g, nil
+}
+
+func (h *Host) leftovers(g *xdp.Guard, left []xdp.FlowKey) {
+	for _, k := range left {
+		key := packet.KeyFromBytes(k)
+		if err := xdp.DestroySocket(k); err != nil {
+			// The guard keeps it shut until it is gone.
+			h.log.Warn("a connection left by a killed daemon could not be ended", "flow", key.String(), "err", err)
+			continue
+		}
+		if err := g.Delete(k); err != nil {
+			h.log.Warn("a connection left by a killed daemon is still guarded", "flow", key.String(), "err", err)
+			continue
+		}
+		h.ended++
+		if err := nudge(key); err != nil {
+			h.log.Debug("the peer of an ended connection was not told", "flow", key.String(), "err", err)
+		}
+	}
+	if len(left) > 0 {
+		h.log.Info("ended connections whose encryption died with an earlier daemon", "found", len(left), "ended", h.ended)
+	}
+}
+
+func portRanges(rs []PortRange) [][2]uint16 {
+	out := make([][2]uint16, 0, len(rs))
+	for _, r := range rs {
+		out = append(out, [2]uint16{r.First, r.Last})
+	}
+	return out
+}
+
+// selects returns the predicate of slowpath.Config.Ports for the configuration.
+func (c *HostConfig) selects() func(local, remote uint16) bool {
+	in := func(rs []PortRange, p uint16) bool {
+		for _, r := range rs {
+			if r.First <= p && p <= r.Last {
+				return true
+			}
+		}
+		return false
+	}
+	return func(l, r uint16) bool {
+		if in(c.Exclude, l) || in(c.Exclude, r) {
+			return false
+		}
+		return len(c.Ports) == 0 || in(c.Ports, l) || in(c.Ports, r)
+	}
+}
+
+// watch ends the host when its worker or its device ends.
+func (h *Host) watch() {
+	defer close(h.done)
+	for {
+		select {
+		case err := <-h.link:
+			if errors.Is(err, xdp.ErrDeviceDown) {
+				h.log.Warn("the interface is down", "interface", h.cfg.Interface)
+				continue
+			}
+			h.err = fmt.Errorf("%s: %w", h.cfg.Interface, err)
+		case <-h.worker.done:
+			h.err = h.worker.err
+		case <-h.slow.done:
+		}
+		return
+	}
+}
+
+// Done is closed when the host has ended by itself, see Err. Close must still
+// be called.
+func (h *Host) Done() <-chan struct{} { return h.done }
+
+// Err tells after Done why the host ended by itself, nil if it did not.
+func (h *Host) Err() error { return h.err }
+
+// Drain stops new offers and waits until all encrypted flows have ended or ctx
+// is done; what is left is then aborted on both sides.
+func (h *Host) Drain(ctx context.Context) {
+	h.draining.Store(true)
+	// Under --require the alternative to an offer is not a plain connection.
+	if !h.cfg.Require {
+		if err := h.diverter.Enable(false); err != nil {
+			h.log.Warn("new connections are still offered encryption", "err", err)
+		}
+	}
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		live, half := h.counts()
+		if live+half == 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+		case <-h.done:
+		case <-tick.C:
+			continue
+		}
+		break
+	}
+	h.worker.call(func(w *worker) {
+		w.eng.AbortAll(ReasonShutdown, w.now())
+		w.transmit()
+		w.report()
+	})
+	h.slow.call(func(s *slowSide) {})
+}
+
+func (h *Host) counts() (live, half int) {
+	h.worker.call(func(w *worker) { live, _ = w.eng.Flows() })
+	h.slow.call(func(s *slowSide) { half = s.m.Len() })
+	return live, half
+}
+
+// Close stops everything and leaves nothing attached. Flows that still live
+// are ended on this host: their sockets are destroyed.
+func (h *Host) Close() error {
+	h.closeOnce.Do(func() {
+		h.Drain(expired())
+		h.stopThreads()
+		h.slow.finish()
+		h.closeErr = h.detach()
+	})
+	return h.closeErr
+}
+
+func expired() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}
+
+func (h *Host) stopThreads() {
+	h.worker.stop.Store(true)
+	h.worker.wake()
+	<-h.worker.done
+	h.slow.quit()
+	<-h.slow.done
+	_ = unix.Close(h.worker.wakeFD)
+}
+
+func (h *Host) detach() error {
+	if h.stopLink != nil {
+		h.stopLink()
+	}
+	var errs []error
+	if h.diverter != nil {
+		errs = append(errs, h.diverter.Close())
+	}
+	for _, s := range h.socks {
+		errs = append(errs, s.Close())
+	}
+	if h.tap != nil {
+		errs = append(errs, h.tap.Close())
+	}
+	if h.guard != nil {
+		errs = append(errs, h.guard.Remove())
+	}
+	if h.umem != nil {
+		errs = append(errs, h.umem.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Status describes the daemon.
+func (h *Host) Status() Status {
+	live, half := h.counts()
+	g := "active"
+	if h.guard == nil {
+		g = "missing"
+	}
+	return Status{
+		Interface: h.cfg.Interface, Driver: h.caps.Driver, MTU: h.caps.MTU, Inner: h.tap.Name(), Mode: h.mode.String(),
+		Queues: h.queues, Guard: g, Engine: crypto.EngineName(), PID: os.Getpid(), Uptime: time.Since(h.start).Seconds(),
+		Draining: h.draining.Load(), Flows: live, HalfOpen: half, Ended: h.ended,
+	}
+}
+
+// Flows lists the flows that are being opened, the encrypted ones, and those
+// that became plain or failed within the last minute.
+func (h *Host) Flows() []FlowInfo {
+	var fs []FlowInfo
+	h.worker.call(func(w *worker) {
+		fs = w.eng.Snapshot(fs)
+		for i := range fs {
+			fs[i].Worker = w.id
+		}
+	})
+	seen := make(map[[2]string]bool, len(fs))
+	for i := range fs {
+		seen[[2]string{fs[i].Local, fs[i].Remote}] = true
+	}
+	h.slow.call(func(s *slowSide) {
+		for _, f := range s.describe() {
+			if !seen[[2]string{f.Local, f.Remote}] {
+				fs = append(fs, f)
+			}
+		}
+	})
+	return fs
+}
+
+// ErrNoFlow: there is no encrypted flow between the endpoints.
+var ErrNoFlow = errors.New("no encrypted flow between these endpoints")
+
+// Session returns the live encrypted flow between two endpoints (ENO 5.1: an
+// error when there is none).
+func (h *Host) Session(local, remote netip.AddrPort) (FlowInfo, error) {
+	k := packet.KeyOf(local, remote)
+	l, r := k.LocalAddr().String(), k.RemoteAddr().String()
+	for _, f := range h.Flows() {
+		if f.Local == l && f.Remote == r && f.SessionID != "" && (f.State == slowpath.StateEncrypted || f.State == slowpath.StateClosing) {
+			return f, nil
+		}
+	}
+	return FlowInfo{}, ErrNoFlow
+}
+
+// Stats returns the counters of all parts.
+func (h *Host) Stats() Stats {
+	c := make(map[string]uint64)
+	var st EngineStats
+	var ws workerStats
+	var rings []xdp.Statistics
+	h.worker.call(func(w *worker) {
+		st, ws = w.eng.Stats(), w.st
+		c["umem_free_chunks"] = uint64(w.umem.Available())
+		for _, s := range w.socks {
+			if x, err := s.Statistics(); err == nil {
+				rings = append(rings, x)
+			}
+		}
+	})
+	st.add(c)
+	ws.add(c)
+	for i := range rings {
+		addRing(c, &rings[i])
+	}
+	if d, err := h.diverter.Counters(); err == nil {
+		for k, v := range d {
+			c["bpf_"+k] = v
+		}
+	}
+	if d, err := h.guard.Counters(); err == nil {
+		for k, v := range d {
+			c["guard_"+k] = v
+		}
+	}
+	out := Stats{Counters: c, Reasons: make(map[string]uint64)}
+	h.slow.call(func(s *slowSide) {
+		for k, v := range s.m.Counters() {
+			c["slowpath_"+k] = v
+		}
+		for k, v := range s.reasons {
+			out.Reasons[k] = v
+		}
+	})
+	return out
+}
+
+func addRing(c map[string]uint64, s *xdp.Statistics) {
+	c["xsk_rx_dropped"] += s.RXDropped
+	c["xsk_rx_ring_full"] += s.RXRingFull
+	c["xsk_fill_ring_empty"] += s.FillRingEmpty
+	c["xsk_tx_invalid"] += s.TXInvalid
+	c["xsk_received"] += s.Received
+	c["xsk_transmitted"] += s.Transmitted
+	c["xsk_completed"] += s.Completed
+	c["xsk_kicks"] += s.Kicks
+	c["xsk_kick_stalls"] += s.KickStalls
+}
+
+func (s *EngineStats) add(c map[string]uint64) {
+	for _, x := range []struct {
+		name string
+		v    uint64
+	}{
+		{"outer_packets", s.OuterIn}, {"inner_packets", s.InnerIn}, {"segments_out", s.SegmentsOut}, {"acks_out", s.AcksOut},
+		{"retransmits", s.Retransmits}, {"inner_segments", s.InnerSegments}, {"inner_acks", s.InnerAcks}, {"inner_resends", s.InnerResends},
+		{"frames_sealed", s.Sealed}, {"frames_opened", s.Opened}, {"bad_checksum", s.BadChecksum}, {"malformed", s.Malformed},
+		{"paws", s.PAWS}, {"bad_seq", s.BadSeq}, {"bad_ack", s.BadAck}, {"beyond_window", s.BeyondWindow}, {"over_budget", s.OverBudget}, {"duplicates", s.Duplicates},
+		{"out_of_order", s.OutOfOrder}, {"ooo_drops", s.OOODrops}, {"inner_gaps", s.InnerGaps}, {"inner_gap_drops", s.InnerGapDrops},
+		{"no_chunk", s.NoChunk}, {"no_memory", s.NoMemory}, {"challenge_acks", s.Challenges}, {"resets_ignored", s.ResetsIgnored},
+		{"icmp_in", s.ICMPIn}, {"icmp_dropped", s.ICMPDropped}, {"to_slow_path", s.ToSlow}, {"unknown_dropped", s.Unknown},
+	} {
+		c[x.name] += x.v
+	}
+}
+
+func (s *workerStats) add(c map[string]uint64) {
+	c["worker_rounds"] += s.rounds
+	c["worker_sleeps"] += s.sleeps
+	c["tx_ring_full"] += s.txFull
+	c["tap_errors"] += s.tapErrors
+	c["slow_path_shed"] += s.slowDrops
+	c["multi_buffer_packets"] += s.multiBuffer
+}

@@ -1,0 +1,245 @@
+package fastpath
+
+import (
+	"bytes"
+	"testing"
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+)
+
+// Without memory for the Init message the flow does not begin, and both sides
+// are told.
+func TestInstallWithoutMemory(t *testing.T) {
+	r := newRig(t, rigConfig{init: 100, engine: EngineConfig{Memory: 10}})
+	r.wantEnded(slowpath.ReasonLimit)
+	if len(resets(r.outs)) != 1 || len(resets(r.ins)) != 1 {
+		t.Errorf("%d and %d resets", len(resets(r.outs)), len(resets(r.ins)))
+	}
+	r.gone()
+}
+
+// Inner data for which there is no memory is as good as lost in the queue: the
+// inner stack sends it again (T4).
+func TestClaimWithoutMemory(t *testing.T) {
+	r := newRig(t, rigConfig{peerWnd: 1 << 20, shift: 7, engine: EngineConfig{Memory: 2 * slabSize}})
+	want := content(0, 0, 40000)
+	at := func() int64 { return int64(r.f.sealI) }
+	r.inner(seg{data: bytes.Clone(want), gso: 1440, flags: packet.FIN})
+	if r.e.st.NoMemory == 0 || at() == 40000 {
+		t.Fatalf("%d bytes were claimed", at())
+	}
+	for k := 0; at() <= 40000 && k < 100; k++ {
+		o := at()
+		r.outer(seg{})
+		r.inner(seg{o: min(o, 40000), data: bytes.Clone(want[min(o, 40000):]), gso: 1440, flags: packet.FIN})
+	}
+	var got []byte
+	fin := 0
+	for _, f := range r.readFrames() {
+		got = append(got, f.data...)
+		fin += int(f.flags & crypto.FlagFIN)
+	}
+	if !bytes.Equal(got, want) || fin != 1 || at() != 40001 {
+		t.Errorf("%d bytes on the wire, %d with FINp, claimed to %d", len(got), fin, at())
+	}
+}
+
+// Outer data for which there is no memory is not acknowledged, and taken when
+// it comes again and there is (T13).
+func TestReceiveWithoutMemory(t *testing.T) {
+	r := newRig(t, rigConfig{innerWnd: 1 << 20, shift: 7, engine: EngineConfig{Memory: 3 * slabSize}})
+	hog := r.hog()
+	big := r.seal(0, content(1, 0, 3000))
+	tail := r.seal(0, content(1, 3000, 100))
+	r.stream(0, big, 1460, 0)
+	if a := r.f.nxtO; a > crypto.FrameHeader {
+		t.Errorf("%d bytes of a frame without memory were taken", a)
+	}
+	// Out of order: nothing to keep it in.
+	r.outer(seg{o: int64(len(big)), data: tail})
+	if r.e.st.OOODrops == 0 {
+		t.Error("out-of-order data was kept")
+	}
+	for _, f := range hog {
+		f()
+	}
+	r.stream(0, big, 1460, 0)
+	r.outer(seg{o: int64(len(big)), data: tail})
+	if !bytes.Equal(r.got, content(1, 0, 3100)) {
+		t.Errorf("delivered %d bytes", len(r.got))
+	}
+}
+
+// A rekey answer for which there is no memory comes later.
+func TestRekeyWithoutMemory(t *testing.T) {
+	r := newRig(t, rigConfig{engine: EngineConfig{Memory: 3 * slabSize}})
+	f := r.peerFrame(seg{data: r.sealWith(crypto.ControlRekey, 0, make([]byte, 600))})
+	hog := r.hog()
+	r.outerFrames(f)
+	if len(r.readFrames()) != 0 {
+		t.Fatal("answered without memory")
+	}
+	for _, f := range hog {
+		f()
+	}
+	r.outer(seg{o: int64(r.sealed)})
+	if fs := r.readFrames(); len(fs) != 1 || fs[0].control != crypto.ControlRekey {
+		t.Errorf("frames %+v", fs)
+	}
+}
+
+// hog takes all slabs and returns the functions that give them back.
+func (r *rig) hog() (free []func()) {
+	for {
+		var cur uint32
+		_, ref, _, ok := r.e.buf.alloc(slabSize, &cur)
+		if !ok {
+			return free
+		}
+		free = append(free, func() { r.e.buf.release(ref); r.e.buf.leave(&cur) })
+	}
+}
+
+// A thousand scattered segments are kept or dropped, never more than the limit.
+func TestScatteredSegments(t *testing.T) {
+	r := newRig(t, rigConfig{sack: true, innerWnd: 1 << 24, shift: 10, rxEdge: 1 << 24, chunks: 4096, engine: EngineConfig{FlowBudget: 1 << 20}})
+	b := r.seal(0, content(0, 0, 60000))
+	for o := 1; o < 20000; o += 2 {
+		r.outer(seg{o: int64(o), data: b[o : o+1]})
+		r.outs = r.outs[:0]
+	}
+	if n := len(r.f.ooo); n > maxOOO {
+		t.Errorf("%d segments are kept", n)
+	}
+	if r.e.st.OOODrops == 0 {
+		t.Error("none was dropped")
+	}
+	r.stream(0, b, 1460, 0)
+	if !bytes.Equal(r.got, content(0, 0, 60000)) {
+		t.Errorf("delivered %d bytes", len(r.got))
+	}
+}
+
+// More packets to the inner stack than a vector holds.
+func TestInnerVectorDrains(t *testing.T) {
+	r := newRig(t, rigConfig{sack: true, chunks: 4096})
+	r.auto = false
+	r.inner(seg{data: content(0, 0, 14400), gso: 1440})
+	r.forget()
+	var ss []seg
+	for range 700 {
+		ss = append(ss, seg{ack: -1, sack: [][2]int64{{1460, 2920}}})
+	}
+	var frames [][]byte
+	for _, s := range ss {
+		frames = append(frames, r.peerFrame(s))
+	}
+	r.outerFrames(frames...)
+	if len(r.ins) != 700 {
+		t.Errorf("%d packets inward for 700 duplicate ACKs", len(r.ins))
+	}
+}
+
+// A flow that is installed twice replaces the first one.
+func TestInstallReplaces(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.inner(seg{data: content(0, 0, 1000)})
+	r.forget()
+	r.gen, r.sealed, r.rxGen = 0, 0, 0
+	r.install()
+	if len(r.events) != 2 || r.events[0].Info.Reason != ReasonReplaced || r.events[1].Kind != FlowGone {
+		t.Errorf("events %+v", r.events)
+	}
+	r.outer(seg{data: r.seal(0, []byte("again"))})
+	if string(r.got) != "again" {
+		t.Errorf("delivered %q", r.got)
+	}
+}
+
+// A flow that fails before the inner stack is up resets it in SYN-SENT, where
+// only the acknowledgement number counts.
+func TestAbortBeforeUp(t *testing.T) {
+	r := newRig(t, rigConfig{active: true})
+	b := r.seal(0, []byte("x"))
+	b[10] ^= 1
+	r.outer(seg{data: b})
+	r.wantEnded(ReasonAuth)
+	in := resets(r.ins)
+	if len(in) != 1 || in[0].a != 0 || in[0].Flags&packet.ACK == 0 {
+		t.Errorf("inner resets %+v", in)
+	}
+}
+
+func TestInnerJunk(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	good := r.innerBuf(seg{data: []byte("data")})
+	for n := range good {
+		r.e.InnerIn(bytes.Clone(good[:n]), r.now)
+	}
+	r.e.Flush(r.now)
+	r.drain()
+	r.inner(seg{noAck: true, data: []byte("no ACK")})
+	r.inner(seg{ack: 5, data: nil})     // acknowledges what was not delivered
+	r.inner(seg{o: 500, noAck: true})   // nothing at all
+	r.inner(seg{o: 1 << 20, flags: 0})  // far away
+	r.inner(seg{o: -1 << 20, flags: 0}) // and far below
+	r.inner(seg{flags: packet.SYN})     // the handshake's SYN-ACK, late
+	if n := len(withData(r.outs)); n != 0 || r.ended() != "" {
+		t.Errorf("%d segments sent, ended %q", n, r.ended())
+	}
+	r.inner(seg{data: []byte("data")})
+	if fs := r.readFrames(); len(fs) != 1 || string(fs[0].data) != "data" {
+		t.Errorf("frames %+v", fs)
+	}
+}
+
+// The slow path gives back what was not its own; what is nobody's goes nowhere.
+func TestReinject(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	f := r.peerFrame(seg{data: r.seal(0, []byte("held up"))})
+	r.e.Reinject(packet.FromOuter, f, r.now)
+	r.drain()
+	if string(r.got) != "held up" {
+		t.Errorf("delivered %q", r.got)
+	}
+	b := r.innerBuf(seg{data: []byte("out")})
+	r.e.Reinject(packet.FromInner, b[12:], r.now)
+	r.e.Flush(r.now)
+	r.drain()
+	if fs := r.readFrames(); len(fs) != 1 || string(fs[0].data) != "out" {
+		t.Errorf("frames %+v", fs)
+	}
+	r.forget()
+	r.est.OuterTmpl = makeTemplate(r.est.Key.Local, r.est.Key.Remote, false, 0, 443, 9, 0)
+	r.est.InnerTmpl = makeTemplate(r.est.Key.Remote, r.est.Key.Local, false, 0, 9, 443, 0)
+	r.e.Reinject(packet.FromOuter, r.peerFrame(seg{}), r.now)
+	r.e.Reinject(packet.FromInner, r.innerBuf(seg{data: make([]byte, 3000), gso: 1400})[12:], r.now)
+	r.e.Flush(r.now)
+	r.drain()
+	if len(r.events)+len(r.outs)+len(r.ins) != 0 {
+		t.Errorf("strangers go round: %d events, %d and %d packets", len(r.events), len(r.outs), len(r.ins))
+	}
+}
+
+// Nothing follows the FIN, neither from the peer nor from the inner stack.
+func TestAfterFIN(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	o := int64(r.sealed)
+	r.outer(seg{o: o, data: r.seal(crypto.FlagFIN, []byte("end")), flags: packet.FIN})
+	r.forget()
+	r.outer(seg{o: int64(r.sealed) + 1, data: []byte("more")})
+	if r.ended() != "" || string(r.got) != "end" || len(r.outs) == 0 {
+		t.Errorf("ended %q, delivered %q, %d answers", r.ended(), r.got, len(r.outs))
+	}
+	r.inner(seg{flags: packet.FIN})
+	n := len(r.readFrames())
+	r.inner(seg{o: 1, data: []byte("more")})
+	r.inner(seg{o: 1, flags: packet.FIN})
+	if k := len(r.readFrames()); n != 1 || k != 0 {
+		t.Errorf("%d frames, then %d", n, k)
+	}
+	r.advance(time.Second)
+}

@@ -1,0 +1,388 @@
+package fastpath
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
+)
+
+const (
+	tapReads    = 8     // super-segments taken from the TAP in one round
+	tapBufSize  = 70000 // a virtio-net header and the largest packet
+	pinnedSpins = 30    // empty rounds before a worker with a CPU of its own sleeps
+	maxSlowWait = 8192  // events kept while the slow path is busy
+)
+
+// message is what other goroutines ask a worker to do.
+type message struct {
+	kind  messageKind
+	est   *slowpath.Established
+	dir   packet.Direction
+	frame []byte
+	fn    func(*worker) // run on the worker's thread
+}
+
+type messageKind uint8
+
+const (
+	msgInstall messageKind = iota
+	msgSendOuter
+	msgSendInner
+	msgReinject
+	msgCall
+)
+
+// worker owns one engine, its UMEM and its ports, and runs on one OS thread.
+type worker struct {
+	id    int
+	cpu   int // -1: not pinned
+	start time.Time
+	eng   *Engine
+	umem  *xdp.Umem
+	socks []*xdp.Socket
+	tap   *xdp.TAPQueue
+
+	msgs    chan message
+	events  chan<- []Event // to the slow path
+	waiting []Event        // not taken yet by the slow path
+	wakeFD  int
+	asleep  atomic.Bool
+	pulse   atomic.Uint64 // counts rounds, for the heartbeat
+	stop    atomic.Bool
+	done    chan struct{}
+	err     error
+
+	offload bool // the port completes TCP checksums
+	request func(d *xdp.Desc, start, offset uint16)
+	descs   []xdp.Desc
+	bufs    [tapReads][]byte
+	multi   []byte // a packet of several buffers, as far as it was received
+	pfds    []unix.PollFd
+
+	st workerStats
+}
+
+type workerStats struct {
+	rounds, sleeps, txFull, tapErrors, slowDrops, multiBuffer uint64
+}
+
+func newWorker(id, cpu int, eng *Engine, u *xdp.Umem, socks []*xdp.Socket, tap *xdp.TAPQueue, events chan<- []Event, start time.Time) (*worker, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	w := &worker{
+		id: id, cpu: cpu, start: start, eng: eng, umem: u, socks: socks, tap: tap, events: events,
+		msgs: make(chan message, 1024), wakeFD: fd, done: make(chan struct{}),
+		descs: make([]xdp.Desc, VectorSize),
+	}
+	for i := range w.bufs {
+		w.bufs[i] = make([]byte, tapBufSize)
+	}
+	for _, s := range socks {
+		w.pfds = append(w.pfds, unix.PollFd{Fd: int32(s.FD()), Events: unix.POLLIN})
+	}
+	w.pfds = append(w.pfds, unix.PollFd{Fd: int32(tap.FD()), Events: unix.POLLIN}, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+	eng.cfg.Drain = w.transmit
+	w.offload = socks[0].ChecksumOffload()
+	if w.offload {
+		w.request = socks[0].RequestChecksum
+	}
+	return w, nil
+}
+
+func (w *worker) now() time.Duration { return time.Since(w.start) }
+
+// send queues a message for the worker and wakes it. It blocks while the queue
+// is full, and gives up when the worker has ended.
+func (w *worker) send(m message) {
+	select {
+	case w.msgs <- m:
+		w.wake()
+	case <-w.done:
+	}
+}
+
+// wake ends the worker's sleep, if it sleeps.
+func (w *worker) wake() {
+	if w.asleep.Load() {
+		one := [8]byte{1}
+		// A full counter wakes just as well.
+		_, _ = unix.Write(w.wakeFD, one[:])
+	}
+}
+
+// call runs fn on the worker's thread and waits for it; false when the worker
+// has ended.
+func (w *worker) call(fn func(*worker)) bool {
+	ran := make(chan struct{})
+	w.send(message{kind: msgCall, fn: func(w *worker) { fn(w); close(ran) }})
+	select {
+	case <-ran:
+		return true
+	case <-w.done:
+		return false
+	}
+}
+
+// run is the worker's thread. A round goes over the ports once, a vector at a
+// time; the functions below stand in the order in which a round calls them:
+//
+//	1 outerVector   receive descriptors from the NIC queues, translate inward
+//	2 innerVector   read super-segments from the TAP, translate outward
+//	3 messages      what the slow path and the control side ask for
+//	4 timers        due timers of flows
+//	5 transmit      checksums, TX ring, TAP writes
+//	6 reclaim       completions to the pool, pool to the fill rings
+//	7 report        events to the slow path
+//	8 rest          spin a little, then sleep until a port or a timer is due
+//
+// Inside 1 and 2 the engine parses, looks up, groups by flow, claims, and runs
+// the cryptography of the whole vector at once.
+func (w *worker) run() {
+	defer close(w.done)
+	runtime.LockOSThread()
+	if w.cpu >= 0 {
+		var set unix.CPUSet
+		set.Set(w.cpu)
+		if err := unix.SchedSetaffinity(0, &set); err != nil {
+			w.err = fmt.Errorf("pin worker %d to CPU %d: %w", w.id, w.cpu, err)
+			return
+		}
+	}
+	// A worker that shares its CPU sleeps at once: whom it waits for may need
+	// that very CPU.
+	spins := 0
+	if w.cpu >= 0 {
+		spins = pinnedSpins
+	}
+	idle := 0
+	w.reclaim()
+	for !w.stop.Load() {
+		w.st.rounds++
+		w.pulse.Add(1)
+		n := w.outerVector()
+		n += w.innerVector()
+		n += w.messages()
+		w.timers()
+		w.transmit()
+		if w.err != nil {
+			return
+		}
+		w.reclaim()
+		w.report()
+		if n > 0 {
+			idle = 0
+			continue
+		}
+		if idle++; idle > spins {
+			w.rest()
+			idle = 0
+		}
+	}
+}
+
+func (w *worker) outerVector() int {
+	total := 0
+	for _, s := range w.socks {
+		n := s.Receive(w.descs)
+		if n == 0 {
+			continue
+		}
+		total += n
+		v := w.descs[:n]
+		for i := range v {
+			if v[i].Options&xdp.OptionContinued != 0 || len(w.multi) > 0 {
+				v = w.linearize(v)
+				break
+			}
+		}
+		w.eng.OuterIn(v, w.now())
+	}
+	return total
+}
+
+// linearize puts packets of several buffers together, which can straddle two
+// vectors, and returns the descriptors of the others. Such packets are larger
+// than a chunk; they come from senders that ignore the announced MSS.
+func (w *worker) linearize(v []xdp.Desc) []xdp.Desc {
+	keep := v[:0]
+	for _, d := range v {
+		more := d.Options&xdp.OptionContinued != 0
+		if !more && len(w.multi) == 0 {
+			keep = append(keep, d)
+			continue
+		}
+		if len(w.multi) < tapBufSize {
+			w.multi = append(w.multi, w.umem.Bytes(d.Addr, int(d.Len))...)
+		}
+		w.umem.Free(d.Addr)
+		if !more {
+			w.st.multiBuffer++
+			w.eng.OuterFrame(w.multi, w.now())
+			w.multi = w.multi[:0]
+		}
+	}
+	return keep
+}
+
+func (w *worker) innerVector() int {
+	n := 0
+	for n < tapReads {
+		k, err := w.tap.Read(w.bufs[n])
+		if err != nil {
+			if !errors.Is(err, unix.EAGAIN) {
+				w.st.tapErrors++
+			}
+			break
+		}
+		w.eng.InnerIn(w.bufs[n][:k], w.now())
+		n++
+	}
+	if n > 0 {
+		w.eng.Flush(w.now())
+	}
+	return n
+}
+
+func (w *worker) messages() int {
+	n := len(w.msgs)
+	for range n {
+		m := <-w.msgs
+		now := w.now()
+		switch m.kind {
+		case msgInstall:
+			w.eng.Install(m.est, now)
+		case msgSendOuter:
+			w.eng.SendOuter(m.frame, now)
+		case msgSendInner:
+			w.eng.SendInner(m.frame, now)
+		case msgReinject:
+			w.eng.Reinject(m.dir, m.frame, now)
+		case msgCall:
+			m.fn(w)
+		}
+	}
+	return n
+}
+
+func (w *worker) timers() {
+	if at, ok := w.eng.Deadline(); ok {
+		if now := w.now(); at <= now {
+			w.eng.Tick(now)
+		}
+	}
+}
+
+// transmit empties the engine's output vectors. The engine calls it too, when
+// one of them is full.
+func (w *worker) transmit() {
+	if out := w.eng.Out(); len(out) > 0 {
+		w.eng.FinishOut(w.request)
+		w.transmitOuter(out)
+		w.eng.ClearOut()
+	}
+	if in := w.eng.In(); len(in) > 0 {
+		for i := range in {
+			if err := w.tap.Writev(in[i].Header(), in[i].Data()); err != nil {
+				// Lost, as in any queue: custody resends it (T13).
+				w.st.tapErrors++
+			}
+		}
+		w.eng.ClearIn()
+	}
+}
+
+func (w *worker) transmitOuter(out []xdp.Desc) {
+	s := w.socks[0]
+	for try := 0; len(out) > 0; try++ {
+		n := s.Transmit(out)
+		out = out[n:]
+		if err := s.Kick(); err != nil {
+			if errors.Is(err, xdp.ErrDeviceGone) {
+				w.err = err
+			}
+			break
+		}
+		if len(out) > 0 {
+			s.Complete()
+			if try == 16 {
+				break
+			}
+		}
+	}
+	for _, d := range out {
+		w.st.txFull++
+		w.umem.Free(d.Addr)
+	}
+}
+
+func (w *worker) reclaim() {
+	for _, s := range w.socks {
+		s.Complete()
+		s.Refill()
+	}
+}
+
+// report hands the engine's events to the slow path, in order. When the slow
+// path cannot keep up, frames are shed, which costs new connections only.
+func (w *worker) report() {
+	for _, ev := range w.eng.Events() {
+		if ev.Kind == SlowFrame && len(w.waiting) >= maxSlowWait {
+			w.st.slowDrops++
+			continue
+		}
+		w.waiting = append(w.waiting, ev)
+	}
+	if len(w.waiting) == 0 {
+		return
+	}
+	select {
+	case w.events <- w.waiting:
+		w.waiting = nil
+	default:
+	}
+}
+
+func (w *worker) rest() {
+	timeout := 500 * time.Millisecond
+	if len(w.waiting) > 0 {
+		timeout = time.Millisecond
+	}
+	if at, ok := w.eng.Deadline(); ok {
+		timeout = min(timeout, at-w.now())
+	}
+	if timeout <= 0 {
+		return
+	}
+	w.asleep.Store(true)
+	defer w.asleep.Store(false)
+	if len(w.msgs) > 0 || w.stop.Load() {
+		return
+	}
+	w.st.sleeps++
+	ts := unix.NsecToTimespec(int64(timeout))
+	if _, err := unix.Ppoll(w.pfds, &ts, nil); err != nil && err != unix.EINTR {
+		w.err = fmt.Errorf("poll: %w", err)
+		w.stop.Store(true)
+		return
+	}
+	if w.pfds[len(w.pfds)-1].Revents != 0 {
+		var b [8]byte
+		_, _ = unix.Read(w.wakeFD, b[:])
+	}
+	for _, p := range w.pfds[:len(w.socks)] {
+		if p.Revents&(unix.POLLERR|unix.POLLHUP|unix.POLLNVAL) != 0 {
+			w.err = xdp.ErrDeviceGone
+			w.stop.Store(true)
+		}
+	}
+}
