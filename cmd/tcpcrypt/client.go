@@ -1,0 +1,259 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+)
+
+// query is a command that asks the daemon one thing.
+type query struct {
+	control string
+	json    bool
+}
+
+func (q *query) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&q.control, "control", defaultControl, "`PATH` of the daemon's control socket")
+	jsonFlag(cmd, &q.json)
+}
+
+func jsonFlag(cmd *cobra.Command, asJSON *bool) {
+	cmd.Flags().BoolVar(asJSON, "json", false, "print JSON")
+}
+
+// ask sends req and prints the answer: as the daemon gave it with --json, and
+// else by print.
+func ask[T any](q *query, w io.Writer, req request, print func(io.Writer, T)) error {
+	raw, err := call(q.control, req)
+	if err != nil {
+		return err
+	}
+	if q.json {
+		return printJSON(w, raw)
+	}
+	var result T
+	if err := json.Unmarshal(raw, &result); err != nil {
+		return failuref("the daemon at %s is of another version: %w", q.control, err)
+	}
+	var text bytes.Buffer
+	print(&text, result)
+	_, err = w.Write(text.Bytes())
+	return outputError(err)
+}
+
+func printJSON(w io.Writer, v any) error {
+	text, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return failure{err}
+	}
+	_, err = w.Write(append(text, '\n'))
+	return outputError(err)
+}
+
+func outputError(err error) error {
+	if err != nil {
+		return failuref("writing the output: %w", err)
+	}
+	return nil
+}
+
+func newStatusCommand() *cobra.Command {
+	q := &query{}
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show how the daemon runs",
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return ask(q, cmd.OutOrStdout(), request{Method: "status"}, printStatus)
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}
+
+func newFlowsCommand() *cobra.Command {
+	q := &query{}
+	cmd := &cobra.Command{
+		Use:   "flows",
+		Short: "List the connections that the daemon knows",
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return ask(q, cmd.OutOrStdout(), request{Method: "flows"}, printFlows)
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}
+
+func newStatsCommand() *cobra.Command {
+	q := &query{}
+	cmd := &cobra.Command{
+		Use:   "stats",
+		Short: "Show the counters since the daemon started",
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return ask(q, cmd.OutOrStdout(), request{Method: "stats"}, printStats)
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}
+
+func newSessionCommand() *cobra.Command {
+	q := &query{}
+	cmd := &cobra.Command{
+		Use:   "session LOCAL REMOTE",
+		Short: "Show the session ID of an encrypted connection",
+		Long: `Session shows the session ID (RFC 8548 section 3.4) of the connection between
+two address:port pairs. Both ends of an unattacked connection have the same
+one: comparing them over an authenticated channel rules out an active attacker.`,
+		Example: "  tcpcrypt session 192.0.2.1:43210 192.0.2.2:443",
+		Args:    exactArgs("LOCAL", "REMOTE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			for _, arg := range args {
+				if _, err := parseEndpoint(arg); err != nil {
+					return err
+				}
+			}
+			req := request{Method: "session", Local: args[0], Remote: args[1]}
+			return ask(q, cmd.OutOrStdout(), req, printSession)
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}
+
+// table aligns lines of cells that are separated by tabs.
+func table(w io.Writer, fill func(io.Writer)) {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fill(tw)
+	_ = tw.Flush() // w is a buffer
+}
+
+func printStatus(w io.Writer, st fastpath.Status) {
+	table(w, func(w io.Writer) {
+		fmt.Fprintf(w, "interface\t%s (%s, MTU %d)\n", st.Interface, st.Driver, st.MTU)
+		fmt.Fprintf(w, "inner\t%s\n", st.Inner)
+		fmt.Fprintf(w, "mode\t%s\n", st.Mode)
+		fmt.Fprintf(w, "guard\t%s\n", st.Guard)
+		fmt.Fprintf(w, "aead engine\t%s\n", st.Engine)
+		fmt.Fprintf(w, "pid\t%d\n", st.PID)
+		fmt.Fprintf(w, "uptime\t%v\n", seconds(st.Uptime))
+		fmt.Fprintf(w, "flows\t%d encrypted, %d half-open\n", st.Flows, st.HalfOpen)
+		if st.Ended > 0 {
+			fmt.Fprintf(w, "ended\t%d left over from an earlier daemon\n", st.Ended)
+		}
+		if st.Draining {
+			fmt.Fprintf(w, "draining\tno new connection is encrypted\n")
+		}
+	})
+	if len(st.Queues) == 0 {
+		return
+	}
+	fmt.Fprintln(w)
+	table(w, func(w io.Writer) {
+		fmt.Fprintln(w, "QUEUE\tWORKER\tCPU\tMODE\tCHECKSUM\tBETTER MODE REFUSED")
+		for _, s := range st.Queues {
+			cpu := "-"
+			if s.CPU >= 0 {
+				cpu = strconv.Itoa(s.CPU)
+			}
+			fmt.Fprintf(w, "%d\t%d\t%s\t%s\t%s\t%s\n", s.Queue, s.Worker, cpu, s.Mode, dash(s.Checksum), dash(s.Refused))
+		}
+	})
+}
+
+func printFlows(w io.Writer, flows []fastpath.FlowInfo) {
+	slices.SortStableFunc(flows, func(a, b fastpath.FlowInfo) int {
+		return cmp.Or(compareEndpoints(a.Local, b.Local), compareEndpoints(a.Remote, b.Remote))
+	})
+	table(w, func(w io.Writer) {
+		fmt.Fprintln(w, "LOCAL\tREMOTE\tSTATE\tROLE\tTEP\tAEAD\tRESUMED\tIN\tOUT\tRETRANSMITS\tREKEYS\tWORKER\tAGE\tREASON")
+		for _, f := range flows {
+			resumed := "no"
+			if f.Resumed {
+				resumed = "yes"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%d\t%v\t%s\n",
+				f.Local, f.Remote, f.State, dash(f.Role), dash(f.TEP), dash(f.AEAD), resumed,
+				byteCount(f.BytesIn), byteCount(f.BytesOut), f.Retransmits, f.RekeysIn+f.RekeysOut,
+				f.Worker, seconds(f.Age), dash(f.Reason))
+		}
+	})
+}
+
+func printStats(w io.Writer, stats fastpath.Stats) {
+	print := func(w io.Writer, counters map[string]uint64) {
+		table(w, func(w io.Writer) {
+			for _, name := range slices.Sorted(maps.Keys(counters)) {
+				fmt.Fprintf(w, "%s\t%d\n", name, counters[name])
+			}
+		})
+	}
+	print(w, stats.Counters)
+	if len(stats.Reasons) > 0 {
+		fmt.Fprintln(w, "\nflows by reason:")
+		print(w, stats.Reasons)
+	}
+}
+
+func printSession(w io.Writer, f fastpath.FlowInfo) {
+	table(w, func(w io.Writer) {
+		fmt.Fprintf(w, "session ID\t%s\n", f.SessionID)
+		fmt.Fprintf(w, "role\t%s\n", f.Role)
+		fmt.Fprintf(w, "TEP\t%s\n", f.TEP)
+		fmt.Fprintf(w, "AEAD\t%s\n", f.AEAD)
+	})
+}
+
+func compareEndpoints(a, b string) int {
+	x, err1 := netip.ParseAddrPort(a)
+	y, err2 := netip.ParseAddrPort(b)
+	if err1 != nil || err2 != nil {
+		return cmp.Compare(a, b)
+	}
+	return x.Compare(y)
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func seconds(s float64) time.Duration {
+	return time.Duration(s * float64(time.Second)).Round(time.Second)
+}
+
+// byteCount is n with a binary unit and three digits.
+func byteCount(n uint64) string {
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	v, unit := float64(n), -1
+	for v >= 1024 && unit < len("KMGTPE")-1 {
+		v /= 1024
+		unit++
+	}
+	digits := 2
+	switch {
+	case v >= 100:
+		digits = 0
+	case v >= 10:
+		digits = 1
+	}
+	return fmt.Sprintf("%.*f %ciB", digits, v, "KMGTPE"[unit])
+}

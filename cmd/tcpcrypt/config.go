@@ -1,0 +1,315 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/spf13/pflag"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+)
+
+const defaultControl = "/run/tcpcrypt/control.sock"
+
+// maxIndex bounds the queue and CPU numbers of a list, so that a mistyped
+// range is an error and not gigabytes of numbers.
+const maxIndex = 4095
+
+// settings are the flags of `run`, which are the keys of its configuration
+// file as well.
+type settings struct {
+	iface     string
+	inner     string
+	mode      choice
+	queues    list[int]
+	cpus      list[int]
+	ports     list[fastpath.PortRange]
+	exclude   list[fastpath.PortRange]
+	teps      list[crypto.TEP]
+	aeads     list[crypto.AEAD]
+	noResume  bool
+	require   bool
+	control   string
+	metrics   string
+	logFormat choice
+	drain     time.Duration
+}
+
+func newSettings() *settings {
+	s := &settings{
+		mode:      choice{"auto", []string{"auto", "zerocopy", "copy", "generic"}},
+		logFormat: choice{"text", []string{"text", "json"}},
+		queues:    list[int]{parse: parseIndexes},
+		cpus:      list[int]{parse: parseIndexes},
+		ports:     list[fastpath.PortRange]{parse: parsePorts, all: true, text: "all"},
+		exclude:   list[fastpath.PortRange]{parse: parsePorts, optional: true},
+		teps:      list[crypto.TEP]{parse: one(crypto.ParseTEP), items: slices.Clone(crypto.AllTEPs[:])},
+		aeads:     list[crypto.AEAD]{parse: one(crypto.ParseAEAD), items: slices.Clone(crypto.AllAEADs[:])},
+	}
+	s.teps.text = join(s.teps.items)
+	s.aeads.text = join(s.aeads.items)
+	return s
+}
+
+// flags returns the flags that set s. They are also the keys of the file.
+func (s *settings) flags() *pflag.FlagSet {
+	fs := pflag.NewFlagSet("run", pflag.ContinueOnError)
+	fs.SortFlags = false
+	fs.StringVar(&s.iface, "interface", "", "encrypt the TCP connections of the network interface `IF`")
+	fs.StringVar(&s.inner, "inner-interface", "", "inner network interface `IF` of a gateway")
+	fs.Var(&s.mode, "mode", "how packets are received; all but auto fail when it cannot be had")
+	fs.Var(&s.queues, "queues", "NIC queues to serve, like 0-3,5 (default all)")
+	fs.Var(&s.cpus, "cpus", "CPUs to pin workers to, like 0-3,5 (default not pinned)")
+	fs.Var(&s.ports, "ports", "local or remote TCP ports to encrypt, like 80,443,8000-8100, or all")
+	fs.Var(&s.exclude, "exclude-ports", "TCP ports to leave alone")
+	fs.Var(&s.teps, "teps", "key agreement, in order of preference")
+	fs.Var(&s.aeads, "aeads", "ciphers, in order of preference")
+	fs.BoolVar(&s.noResume, "no-resume", false, "do not resume sessions")
+	fs.BoolVar(&s.require, "require", false, "refuse connections that would stay plain")
+	fs.StringVar(&s.control, "control", defaultControl, "`PATH` of the control socket; needed where several daemons run")
+	fs.StringVar(&s.metrics, "metrics", "", "serve Prometheus metrics at `ADDR`, like 127.0.0.1:9433")
+	fs.Var(&s.logFormat, "log-format", "format of the log on stderr")
+	fs.DurationVar(&s.drain, "drain-timeout", fastpath.DefaultDrain, "how long encrypted connections may take to finish after SIGTERM")
+	// The flag is known so that it can be refused with its own reason.
+	if err := fs.MarkHidden("inner-interface"); err != nil {
+		panic(err)
+	}
+	return fs
+}
+
+// check finds what no single flag can.
+func (s *settings) check() error {
+	switch {
+	case s.inner != "":
+		return errors.New("inner-interface: gateway mode is not in this version")
+	case s.iface == "":
+		return errors.New("interface is not set: give --interface, or the key interface in the --config file")
+	case s.control == "":
+		return errors.New("control is empty: it must be the path of a socket")
+	case s.drain < 0:
+		return fmt.Errorf("drain-timeout: %v is negative", s.drain)
+	}
+	return nil
+}
+
+func (s *settings) hostConfig(log *slog.Logger) fastpath.HostConfig {
+	return fastpath.HostConfig{
+		Interface: s.iface,
+		Mode:      s.mode.value,
+		Queues:    s.queues.items,
+		CPUs:      s.cpus.items,
+		Ports:     s.ports.items,
+		Exclude:   s.exclude.items,
+		TEPs:      s.teps.items,
+		AEADs:     s.aeads.items,
+		NoResume:  s.noResume,
+		Require:   s.require,
+		Log:       log,
+	}
+}
+
+// applyFile sets every flag of fs that was not given on the command line from
+// the key of the same name in the TOML file at path.
+func applyFile(fs *pflag.FlagSet, path string) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("config: %w", pathError(err, path))
+	}
+	var keys map[string]any
+	if err := toml.Unmarshal(text, &keys); err != nil {
+		if at := (*toml.DecodeError)(nil); errors.As(err, &at) {
+			line, column := at.Position()
+			return fmt.Errorf("%s:%d:%d: %w", path, line, column, err)
+		}
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	names := make([]string, 0, len(keys))
+	for name := range keys {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		f := fs.Lookup(name)
+		if f == nil {
+			return fmt.Errorf("%s: unknown key %q", path, name)
+		}
+		value, err := flagText(f.Value, keys[name])
+		if err != nil {
+			return fmt.Errorf("%s: %s: %w", path, name, err)
+		}
+		if f.Changed {
+			continue
+		}
+		if err := f.Value.Set(value); err != nil {
+			return fmt.Errorf("%s: %s: %w", path, name, err)
+		}
+	}
+	return nil
+}
+
+// pathError names path once: the errors of package os already do.
+func pathError(err error, path string) error {
+	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+		return fmt.Errorf("%s: %w", path, pe.Err)
+	}
+	return err
+}
+
+// flagText turns the TOML value of a key into what its flag would be given. A
+// list may be an array or the string that the flag takes.
+func flagText(flag pflag.Value, value any) (string, error) {
+	_, isList := flag.(interface{ isList() })
+	isBool := flag.Type() == "bool"
+	switch v := value.(type) {
+	case bool:
+		if isBool {
+			return strconv.FormatBool(v), nil
+		}
+	case string:
+		if !isBool {
+			return v, nil
+		}
+	case int64:
+		if isList {
+			return strconv.FormatInt(v, 10), nil
+		}
+	case []any:
+		if !isList {
+			break
+		}
+		parts := make([]string, len(v))
+		for i, item := range v {
+			switch item := item.(type) {
+			case string:
+				parts[i] = item
+			case int64:
+				parts[i] = strconv.FormatInt(item, 10)
+			default:
+				return "", errors.New("items must be strings or whole numbers")
+			}
+		}
+		return strings.Join(parts, ","), nil
+	}
+	switch {
+	case isBool:
+		return "", errors.New("must be true or false")
+	case isList:
+		return "", errors.New("must be a string, a whole number or an array of them")
+	}
+	return "", errors.New("must be a string")
+}
+
+// choice is a flag that takes one of a few words.
+type choice struct {
+	value string
+	words []string
+}
+
+func (c *choice) String() string { return c.value }
+func (c *choice) Type() string   { return strings.Join(c.words, "|") }
+
+func (c *choice) Set(s string) error {
+	if !slices.Contains(c.words, s) {
+		return fmt.Errorf("%q is not one of %s", s, strings.Join(c.words, ", "))
+	}
+	c.value = s
+	return nil
+}
+
+// list is a flag that takes items separated by commas, none of them twice.
+type list[T comparable] struct {
+	items    []T
+	text     string
+	parse    func(item string) ([]T, error)
+	all      bool // the word "all" stands for no items
+	optional bool // the list may be empty
+}
+
+func (l *list[T]) String() string { return l.text }
+func (l *list[T]) Type() string   { return "LIST" }
+func (l *list[T]) isList()        {}
+
+func (l *list[T]) Set(s string) error {
+	var items []T
+	switch {
+	case l.all && s == "all", l.optional && s == "":
+	case s == "":
+		return errors.New("the list is empty")
+	default:
+		for item := range strings.SplitSeq(s, ",") {
+			item = strings.TrimSpace(item)
+			parsed, err := l.parse(item)
+			if err != nil {
+				return err
+			}
+			for _, p := range parsed {
+				if slices.Contains(items, p) {
+					return fmt.Errorf("%q is in the list twice", item)
+				}
+				items = append(items, p)
+			}
+		}
+	}
+	l.items, l.text = items, s
+	return nil
+}
+
+func join[T fmt.Stringer](items []T) string {
+	texts := make([]string, len(items))
+	for i, item := range items {
+		texts[i] = item.String()
+	}
+	return strings.Join(texts, ",")
+}
+
+func one[T any](parse func(string) (T, error)) func(string) ([]T, error) {
+	return func(s string) ([]T, error) {
+		item, err := parse(s)
+		return []T{item}, err
+	}
+}
+
+func parseIndexes(s string) ([]int, error) {
+	first, last, err := parseRange(s, 0, maxIndex)
+	if err != nil {
+		return nil, err
+	}
+	items := make([]int, 0, last-first+1)
+	for i := first; i <= last; i++ {
+		items = append(items, i)
+	}
+	return items, nil
+}
+
+func parsePorts(s string) ([]fastpath.PortRange, error) {
+	first, last, err := parseRange(s, 1, 65535)
+	return []fastpath.PortRange{{First: uint16(first), Last: uint16(last)}}, err
+}
+
+// parseRange reads "5" or "5-7", both within [lowest, highest].
+func parseRange(s string, lowest, highest int) (first, last int, err error) {
+	from, to, isRange := strings.Cut(s, "-")
+	if !isRange {
+		to = from
+	}
+	first, err1 := strconv.Atoi(from)
+	last, err2 := strconv.Atoi(to)
+	switch {
+	case err1 != nil || err2 != nil:
+		return 0, 0, fmt.Errorf("%q is not a number or a range like 4-7", s)
+	case first < lowest || first > highest || last < lowest || last > highest:
+		return 0, 0, fmt.Errorf("%q is not within %d-%d", s, lowest, highest)
+	case first > last:
+		return 0, 0, fmt.Errorf("%q is a range that ends before it starts", s)
+	}
+	return first, last, nil
+}

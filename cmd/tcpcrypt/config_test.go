@@ -1,0 +1,252 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+)
+
+func writeConfig(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "tcpcrypt.toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// load reads settings as the command does: flags first, then the file.
+func load(t *testing.T, text string, args ...string) (*settings, error) {
+	t.Helper()
+	s := newSettings()
+	flags := s.flags()
+	if err := flags.Parse(args); err != nil {
+		return s, err
+	}
+	if err := applyFile(flags, writeConfig(t, text)); err != nil {
+		return s, err
+	}
+	return s, s.check()
+}
+
+func TestConfigDefaults(t *testing.T) {
+	s, err := load(t, `interface = "eth0"`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	want := fastpath.HostConfig{Interface: "eth0", Mode: "auto", TEPs: crypto.AllTEPs, AEADs: crypto.AllAEADs, Log: log}
+	if got := s.hostConfig(log); !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	if s.control != defaultControl || s.metrics != "" || s.logFormat.value != "text" || s.drain != fastpath.DefaultDrain {
+		t.Errorf("got %+v", s)
+	}
+}
+
+func TestConfigFile(t *testing.T) {
+	want := fastpath.HostConfig{
+		Interface: "eth0",
+		Mode:      "copy",
+		Queues:    []int{0, 1, 2, 5},
+		CPUs:      []int{7},
+		Ports:     []fastpath.PortRange{{First: 80, Last: 80}, {First: 8000, Last: 8100}},
+		Exclude:   []fastpath.PortRange{{First: 22, Last: 22}},
+		TEPs:      []crypto.TEP{crypto.TEPP256, crypto.TEPX25519},
+		AEADs:     []crypto.AEAD{crypto.ChaCha20Poly1305, crypto.AES256GCM},
+		NoResume:  true,
+		Require:   true,
+	}
+	for name, text := range map[string]string{
+		"strings": `
+			interface = "eth0"
+			mode = "copy"
+			queues = "0-2,5"
+			cpus = "7"
+			ports = "80, 8000-8100"
+			exclude-ports = "22"
+			teps = "p256,x25519"
+			aeads = "chacha,aes256"
+			no-resume = true
+			require = true
+			control = "c"
+			metrics = "[::1]:9433"
+			log-format = "json"
+			drain-timeout = "1m"`,
+		"arrays": `
+			interface = "eth0"
+			mode = "copy"
+			queues = [0, 1, "2", 5]
+			cpus = 7
+			ports = [80, "8000-8100"]
+			exclude-ports = [22]
+			teps = ["p256", "x25519"]
+			aeads = ["chacha20poly1305", "aes256gcm"]
+			no-resume = true
+			require = true
+			control = "c"
+			metrics = "[::1]:9433"
+			log-format = "json"
+			drain-timeout = "60s"`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, err := load(t, text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := s.hostConfig(nil); !reflect.DeepEqual(got, want) {
+				t.Errorf("got  %+v\nwant %+v", got, want)
+			}
+			if s.control != "c" || s.metrics != "[::1]:9433" || s.logFormat.value != "json" || s.drain != time.Minute {
+				t.Errorf("got %+v", s)
+			}
+		})
+	}
+}
+
+func TestConfigFlagWins(t *testing.T) {
+	s, err := load(t, `
+		interface = "eth0"
+		ports = [80]
+		exclude-ports = [22, 25]
+		require = true
+		drain-timeout = "1m"`,
+		"--interface=eth1", "--ports=all", "--exclude-ports=", "--require=false", "--drain-timeout=0s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.iface != "eth1" || s.ports.items != nil || s.exclude.items != nil || s.require || s.drain != 0 {
+		t.Errorf("got %+v", s)
+	}
+}
+
+// Every flag of run is a key of the file, with a value of a wrong type refused by name.
+func TestConfigEveryFlagIsAKey(t *testing.T) {
+	newSettings().flags().VisitAll(func(f *pflag.Flag) {
+		_, err := load(t, f.Name+" = {}")
+		if err == nil || !strings.Contains(err.Error(), ": "+f.Name+": must be ") {
+			t.Errorf("%s: %v", f.Name, err)
+		}
+	})
+}
+
+func TestConfigErrors(t *testing.T) {
+	for _, test := range []struct{ text, want string }{
+		{``, `interface is not set`},
+		{`interfaces = "eth0"`, `unknown key "interfaces"`},
+		{`config = "x"`, `unknown key "config"`},
+		{`help = true`, `unknown key "help"`},
+		{"[run]\ninterface = 'eth0'", `unknown key "run"`},
+		{`interface = `, `tcpcrypt.toml:1:`},
+		{"\n\ninterface = 'a'\ninterface = 'b'", `interface`},
+		{`interface = 3`, `interface: must be a string`},
+		{`interface = ["eth0"]`, `interface: must be a string`},
+		{`require = "true"`, `require: must be true or false`},
+		{`require = 1`, `require: must be true or false`},
+		{`mode = "native"`, `mode: "native" is not one of auto, zerocopy, copy, generic`},
+		{`mode = true`, `mode: must be a string`},
+		{`log-format = ""`, `log-format: "" is not one of text, json`},
+		{`ports = []`, `ports: the list is empty`},
+		{`ports = ""`, `ports: the list is empty`},
+		{`ports = [80, 80]`, `ports: "80" is in the list twice`},
+		{`ports = [0]`, `ports: "0" is not within 1-65535`},
+		{`ports = [65536]`, `ports: "65536" is not within 1-65535`},
+		{`ports = "90-80"`, `ports: "90-80" is a range that ends before it starts`},
+		{`ports = "80,,81"`, `ports: "" is not a number or a range`},
+		{`ports = [80.5]`, `ports: items must be strings or whole numbers`},
+		{`ports = [[80]]`, `ports: items must be strings or whole numbers`},
+		{`ports = 1979-05-27`, `ports: must be a string, a whole number or an array of them`},
+		{`ports = "-80"`, `ports: "-80" is not a number or a range`},
+		{`ports = "http"`, `ports: "http" is not a number or a range`},
+		{`exclude-ports = "all"`, `exclude-ports: "all" is not a number or a range`},
+		{`queues = "0-99999999999"`, `queues: "0-99999999999" is not within 0-4095`},
+		{`queues = "0-3,2"`, `queues: "2" is in the list twice`},
+		{`queues = "all"`, `queues: "all" is not a number or a range`},
+		{`cpus = -1`, `cpus: "-1" is not a number or a range`},
+		{`teps = "x25519,x25519"`, `teps: "x25519" is in the list twice`},
+		{`teps = []`, `teps: the list is empty`},
+		{`teps = "rot13"`, `teps: "rot13"`},
+		{`aeads = ["aes128", "aes128gcm"]`, `aeads: "aes128gcm" is in the list twice`},
+		{`aeads = "none"`, `aeads: "none"`},
+		{`drain-timeout = "5"`, `drain-timeout: time: missing unit`},
+		{`drain-timeout = 5`, `drain-timeout: must be a string`},
+		{"interface = 'eth0'\ndrain-timeout = '-1s'", `drain-timeout: -1s is negative`},
+		{"interface = 'eth0'\ncontrol = ''", `control is empty`},
+		{"interface = 'eth0'\ninner-interface = 'eth1'", `inner-interface: gateway mode is not in this version`},
+	} {
+		_, err := load(t, test.text)
+		if err == nil {
+			t.Errorf("%q: no error, want %s", test.text, test.want)
+			continue
+		}
+		if line := oneLine(err); !strings.Contains(line, test.want) || strings.ContainsAny(line, "\n\r") {
+			t.Errorf("%q: %q, want %s", test.text, line, test.want)
+		}
+	}
+}
+
+func FuzzConfig(f *testing.F) {
+	f.Add(`interface = "eth0"`)
+	f.Add(`ports = [80, "8000-8100"]`)
+	f.Add(`teps = "x25519" # comment`)
+	f.Add(`drain-timeout = "5s"`)
+	f.Fuzz(func(t *testing.T, text string) {
+		s, err := load(t, text)
+		if err != nil {
+			if line := oneLine(err); line == "" || strings.ContainsAny(line, "\n\r") {
+				t.Errorf("error is not one line: %q", line)
+			}
+			return
+		}
+		cfg := s.hostConfig(nil)
+		if cfg.Interface == "" || len(cfg.TEPs) == 0 || len(cfg.AEADs) == 0 {
+			t.Errorf("accepted %+v", cfg)
+		}
+		for _, r := range append(cfg.Ports, cfg.Exclude...) {
+			if r.First == 0 || r.First > r.Last {
+				t.Errorf("accepted port range %v", r)
+			}
+		}
+	})
+}
+
+// The example in the documentation is accepted, and so is every line of it
+// that is commented out: those show the defaults or other valid values.
+func TestConfigExample(t *testing.T) {
+	example, err := os.ReadFile(filepath.Join("..", "..", "docs", "tcpcrypt.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all strings.Builder
+	keys := 0
+	for line := range strings.Lines(string(example)) {
+		if key, _, ok := strings.Cut(strings.TrimPrefix(line, "# "), " = "); ok && !strings.Contains(key, " ") {
+			line = strings.TrimPrefix(line, "# ")
+			keys++
+		}
+		all.WriteString(line)
+	}
+	for name, text := range map[string]string{"as it is": string(example), "all keys": all.String()} {
+		if _, err := load(t, text); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	want := 0
+	newSettings().flags().VisitAll(func(f *pflag.Flag) {
+		if !f.Hidden {
+			want++
+		}
+	})
+	if keys != want {
+		t.Errorf("the example has %d keys, run has %d flags", keys, want)
+	}
+}

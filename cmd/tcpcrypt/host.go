@@ -1,0 +1,39 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+)
+
+// host is what the command line needs of a *fastpath.Host. All methods may be
+// called from any goroutine.
+type host interface {
+	Status() fastpath.Status
+	Flows() []fastpath.FlowInfo
+	Stats() fastpath.Stats
+	// Session describes the encrypted flow between two addresses; the error
+	// is one line that says that there is none.
+	Session(local, remote netip.AddrPort) (fastpath.FlowInfo, error)
+	// Drain stops new offers and waits until no flow is encrypted any more;
+	// what is left when ctx is done is aborted.
+	Drain(ctx context.Context)
+	// Close detaches everything.
+	Close() error
+	// Done is closed when the host died by itself, and Err then says why.
+	Done() <-chan struct{}
+	Err() error
+}
+
+// startFunc attaches everything that cfg asks for, or nothing and returns an
+// error of one line. ctx limits the start alone, not the life of the host.
+type startFunc func(ctx context.Context, cfg fastpath.HostConfig) (host, error)
+
+func startFastpath(ctx context.Context, cfg fastpath.HostConfig) (host, error) {
+	h, err := fastpath.StartHost(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	return h, nil
+}
