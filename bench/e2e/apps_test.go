@@ -1,0 +1,250 @@
+package e2e
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+)
+
+// need skips a test whose application is not installed on this machine.
+func need(t *testing.T, names ...string) {
+	t.Helper()
+	for _, n := range names {
+		if _, err := exec.LookPath(n); err != nil {
+			t.Skipf("%s is not installed", n)
+		}
+	}
+}
+
+// addr returns the server's address, and its form in a URL.
+func (b *bed) addr(v6 bool) (netip.Addr, string) {
+	if v6 {
+		a := b.path.B.Addr6()
+		return a, "[" + a.String() + "]"
+	}
+	a := b.path.B.Addr4()
+	return a, a.String()
+}
+
+// background starts a server on B that the lab ends, and waits for its port.
+func (b *bed) background(port int, v6 bool, name string, args ...string) *lab.Cmd {
+	b.t.Helper()
+	cmd := b.path.B.NS.Command(b.ctx, name, args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		b.t.Fatal(err)
+	}
+	if port == 0 {
+		return cmd
+	}
+	b.eventually(name+" listens", func() (string, bool) {
+		table := "tcp"
+		if v6 {
+			table = "tcp6"
+		}
+		text := ""
+		err := b.path.B.NS.Do(func() error {
+			raw, err := os.ReadFile("/proc/thread-self/net/" + table)
+			text = string(raw)
+			return err
+		})
+		if err != nil {
+			return err.Error(), false
+		}
+		for _, l := range strings.Split(text, "\n") {
+			if f := strings.Fields(l); len(f) > 3 && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) && f[3] == "0A" {
+				return "", true
+			}
+		}
+		return out.String(), false
+	})
+	return cmd
+}
+
+// run runs a client on A and returns its output.
+func (b *bed) run(name string, args ...string) []byte {
+	b.t.Helper()
+	cmd := b.path.A.NS.Command(b.ctx, name, args...)
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	if err != nil {
+		b.t.Fatalf("%s %s: %v\n%s%s", name, strings.Join(args, " "), err, errs.Bytes(), out)
+	}
+	return out
+}
+
+// encryptedOnly checks that at least so many connections were encrypted, and
+// no other was made.
+func (b *bed) encryptedOnly(a, z *daemon.Daemon, least uint64) {
+	b.t.Helper()
+	for _, st := range []fastpath.Stats{b.stats(a), b.stats(z)} {
+		closed := st.Reasons[fastpath.ReasonClosed] + st.Reasons[fastpath.ReasonLocalReset] + st.Reasons[fastpath.ReasonPeerReset]
+		var other uint64
+		for r, n := range st.Reasons {
+			if r != fastpath.ReasonClosed && r != fastpath.ReasonLocalReset && r != fastpath.ReasonPeerReset {
+				other += n
+			}
+		}
+		if closed < least || other != 0 {
+			b.t.Errorf("%d encrypted connections ended, want %d and no other: %v", closed, least, st.Reasons)
+		}
+	}
+	if plain, _ := b.wire.seen(); plain != 0 {
+		b.t.Errorf("%d segments with plaintext on the wire", plain)
+	}
+}
+
+func TestApplications(t *testing.T) {
+	eachIP(t, func(t *testing.T, v6 bool) {
+		t.Run("nginx-curl", func(t *testing.T) { testNginx(t, v6) })
+		t.Run("iperf3", func(t *testing.T) { testIperf(t, v6) })
+		t.Run("ssh", func(t *testing.T) { testSSH(t, v6) })
+		t.Run("half-close", func(t *testing.T) { testHalfClose(t, v6) })
+	})
+}
+
+func testNginx(t *testing.T, v6 bool) {
+	need(t, "nginx", "curl")
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	data := stream(5, 30<<20)
+	if err := os.WriteFile(filepath.Join(dir, "file"), data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	_, url := b.addr(v6)
+	conf := fmt.Sprintf(`daemon off; master_process off; pid %[1]s/pid; error_log %[1]s/error.log;
+events {}
+http { access_log off; client_body_temp_path %[1]s/b; proxy_temp_path %[1]s/p; fastcgi_temp_path %[1]s/f; uwsgi_temp_path %[1]s/u; scgi_temp_path %[1]s/s;
+server { listen %[2]s:8080; root %[1]s; } }`, dir, url)
+	if err := os.WriteFile(filepath.Join(dir, "conf"), []byte(conf), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	b.background(8080, v6, "nginx", "-c", filepath.Join(dir, "conf"))
+	for range 3 {
+		got := b.run("curl", "-sS", "--fail", "http://"+url+":8080/file")
+		if sha256.Sum256(got) != sha256.Sum256(data) {
+			t.Fatalf("curl got %d bytes that differ from the %d served", len(got), len(data))
+		}
+	}
+	b.noFlows(a)
+	b.encryptedOnly(a, z, 3)
+}
+
+func testIperf(t *testing.T, v6 bool) {
+	need(t, "iperf3")
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	ip, _ := b.addr(v6)
+	b.background(5201, v6, "iperf3", "-s", "-B", ip.String())
+	for _, flags := range [][]string{{"-P", "8"}, {"-R"}, {"--bidir"}} {
+		args := append([]string{"-c", ip.String(), "-t", "2", "--connect-timeout", "5000"}, flags...)
+		b.run("iperf3", args...)
+	}
+	b.noFlows(a)
+	b.encryptedOnly(a, z, 8+1+1+1+2+1)
+}
+
+func testSSH(t *testing.T, v6 bool) {
+	need(t, "ssh", "scp", "ssh-keygen")
+	sshd := "/usr/sbin/sshd"
+	if _, err := os.Stat(sshd); err != nil {
+		t.Skip("sshd is not installed")
+	}
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	dir := t.TempDir()
+	for _, key := range []string{"host", "user"} {
+		if out, err := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, key)).CombinedOutput(); err != nil {
+			t.Fatalf("ssh-keygen: %v\n%s", err, out)
+		}
+	}
+	if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip, url := b.addr(v6)
+	conf := fmt.Sprintf("ListenAddress %s\nPort 2222\nHostKey %s/host\nAuthorizedKeysFile %s/user.pub\nPidFile none\nPermitRootLogin yes\nStrictModes no\nUsePAM no\nSubsystem sftp internal-sftp\n", ip, dir, dir)
+	if err := os.WriteFile(filepath.Join(dir, "conf"), []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b.background(2222, v6, sshd, "-D", "-e", "-f", filepath.Join(dir, "conf"))
+	opts := []string{"-F", "none", "-i", filepath.Join(dir, "user"), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"}
+	out := b.run("ssh", append(append([]string{"-p", "2222"}, opts...), me.Username+"@"+ip.String(), "echo", "hello")...)
+	if string(out) != "hello\n" {
+		t.Errorf("ssh printed %q", out)
+	}
+	data := stream(6, 5<<20)
+	if err := os.WriteFile(filepath.Join(dir, "data"), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b.run("scp", append(append([]string{"-P", "2222"}, opts...), filepath.Join(dir, "data"), me.Username+"@"+url+":"+filepath.Join(dir, "copy"))...)
+	if got, err := os.ReadFile(filepath.Join(dir, "copy")); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("scp copied %d bytes, want %d: %v", len(got), len(data), err)
+	}
+	b.noFlows(a)
+	b.encryptedOnly(a, z, 2)
+}
+
+// nc -N closes its sending side and goes on receiving.
+func testHalfClose(t *testing.T, v6 bool) {
+	need(t, "nc")
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	ip, _ := b.addr(v6)
+	ln, err := b.path.B.NS.Listen("tcp", net.JoinHostPort(ip.String(), "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	up, down := stream(7, 2<<20), stream(8, 3<<20)
+	served := make(chan error, 1)
+	go func() {
+		c, err := ln.Accept()
+		if err != nil {
+			served <- err
+			return
+		}
+		defer c.Close()
+		var got bytes.Buffer
+		if _, err = got.ReadFrom(c); err == nil && !bytes.Equal(got.Bytes(), up) {
+			err = fmt.Errorf("server got %d bytes before the end of file, want %d", got.Len(), len(up))
+		}
+		if err == nil {
+			_, err = c.Write(down)
+		}
+		served <- err
+	}()
+	cmd := b.path.A.NS.Command(b.ctx, "nc", "-N", ip.String(), strconv.Itoa(ln.Addr().(*net.TCPAddr).Port))
+	cmd.Stdin = bytes.NewReader(up)
+	out, err := cmd.Output()
+	if err != nil || !bytes.Equal(out, down) {
+		t.Errorf("nc received %d bytes after closing its side, want %d: %v", len(out), len(down), err)
+	}
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	b.noFlows(a)
+	b.encryptedOnly(a, z, 1)
+}

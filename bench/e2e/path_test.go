@@ -1,0 +1,283 @@
+package e2e
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+)
+
+// Small, ordinary and jumbo MTUs, above and below what one buffer holds.
+func TestMTU(t *testing.T) {
+	for _, mtu := range []int{1280, 2000, 9000} {
+		t.Run(fmt.Sprint(mtu), func(t *testing.T) {
+			eachIP(t, func(t *testing.T, v6 bool) {
+				b := newBed(t, lab.Options{MTU: mtu}, lab.ForwarderOptions{})
+				a, z := b.both()
+				if err := b.exchange(v6, stream(1, 5<<20), stream(2, 5<<20), func() { b.flow(a); b.flow(z) }); err != nil {
+					t.Fatal(err)
+				}
+				if plain, _ := b.wire.seen(); plain != 0 {
+					t.Errorf("%d segments with plaintext on the wire", plain)
+				}
+			})
+		})
+	}
+}
+
+// A router on the way has a smaller MTU behind it and says so by ICMP: the
+// translator cuts what it sends, and the kernel learns of it (T21).
+func TestPathMTU(t *testing.T) {
+	eachIP(t, func(t *testing.T, v6 bool) {
+		b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+		l := b.path.A.NS.Lab()
+		hosts := make([]*lab.Namespace, 3)
+		for i, n := range []string{"left", "router", "right"} {
+			var err error
+			if hosts[i], err = l.Namespace(n); err != nil {
+				t.Fatal(err)
+			}
+		}
+		left, routerL, err := l.Connect(hosts[0], hosts[1], lab.LinkOptions{A: lab.EndOptions{Name: "eth0"}, B: lab.EndOptions{Name: "left"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		routerR, right, err := l.Connect(hosts[1], hosts[2], lab.LinkOptions{A: lab.EndOptions{Name: "right"}, B: lab.EndOptions{Name: "eth0"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Only the router knows of the bottleneck. What comes the other way is
+		// small enough: a veth drops silently what its MTU does not allow.
+		if err := routerR.SetMTU(1400); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range [][2]string{{"net/ipv4/ip_forward", "1"}, {"net/ipv6/conf/all/forwarding", "1"}} {
+			if err := hosts[1].Sysctl(s[0], s[1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, r := range []struct {
+			i   *lab.Iface
+			dst netip.Prefix
+			via netip.Addr
+		}{
+			{left, right.IP4.Masked(), routerL.Addr4()}, {left, right.IP6.Masked(), routerL.Addr6()},
+			{right, left.IP4.Masked(), routerR.Addr4()}, {right, left.IP6.Masked(), routerR.Addr6()},
+		} {
+			if err := r.i.AddRoute(r.dst, r.via); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a, _ := b.daemon(left), b.daemon(right)
+		c := *b
+		c.path = &lab.Path{A: left, B: right}
+		if err := c.exchange(v6, stream(1, 4<<20), nil, func() { b.flow(a) }); err != nil {
+			t.Fatal(err)
+		}
+		if st := b.stats(a); st.Counters["icmp_in"] == 0 {
+			t.Error("the router's ICMP error did not come to the daemon")
+		}
+	})
+}
+
+// dialOption connects from A to a listener on B with a socket option set.
+func (b *bed) dialOption(ln net.Listener, level, name, value int) (net.Conn, error) {
+	var c net.Conn
+	err := b.path.A.NS.Do(func() (err error) {
+		d := net.Dialer{Control: func(_, _ string, rc syscall.RawConn) error {
+			var serr error
+			if err := rc.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), level, name, value) }); err != nil {
+				return err
+			}
+			return serr
+		}}
+		d.SetMultipathTCP(false)
+		c, err = d.DialContext(b.ctx, "tcp", ln.Addr().String())
+		return err
+	})
+	return c, err
+}
+
+// A SYN with Fast Open is left alone: plain TCP, and the reason is kept.
+func TestFastOpen(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a := b.daemon(b.path.A)
+	b.daemon(b.path.B)
+	ln, err := b.path.B.NS.Listen("tcp", net.JoinHostPort(b.path.B.Addr4().String(), "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	want := make([]byte, 100000)
+	served := make(chan error, 1)
+	go func() {
+		c, err := ln.Accept()
+		if err != nil {
+			served <- err
+			return
+		}
+		defer c.Close()
+		got, err := io.ReadAll(c)
+		if err == nil && !bytes.Equal(got, want) {
+			err = errors.New("other data arrived")
+		}
+		served <- err
+	}()
+	c, err := b.dialOption(ln, unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write(want); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if err := <-served; err != nil {
+		t.Fatal(err)
+	}
+	if st := b.stats(a); st.Reasons[slowpath.ReasonOptionConflict] != 1 || st.Reasons[fastpath.ReasonClosed] != 0 {
+		t.Errorf("reasons %v, want %s", st.Reasons, slowpath.ReasonOptionConflict)
+	}
+}
+
+// A server that never accepts in time, and one that waits for data before it
+// accepts (TCP_DEFER_ACCEPT), are served like any other (T18).
+func TestDeferAccept(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	var ln net.Listener
+	err := b.path.B.NS.Do(func() (err error) {
+		lc := net.ListenConfig{Control: func(_, _ string, rc syscall.RawConn) error {
+			var serr error
+			if err := rc.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 5) }); err != nil {
+				return err
+			}
+			return serr
+		}}
+		lc.SetMultipathTCP(false)
+		ln, err = lc.Listen(b.ctx, "tcp", net.JoinHostPort(b.path.B.Addr4().String(), "0"))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	msg := stream(9, 50000)
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.Copy(c, c)
+			c.Close()
+		}
+	}()
+	for range 3 {
+		c, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			if _, err := c.Write(msg); err == nil {
+				_ = c.(*net.TCPConn).CloseWrite()
+			}
+		}()
+		got, err := io.ReadAll(c)
+		if err != nil || !bytes.Equal(got, msg) {
+			t.Fatalf("echoed %d of %d bytes: %v", len(got), len(msg), err)
+		}
+		c.Close()
+	}
+	b.noFlows(a)
+	b.encryptedOnly(a, z, 3)
+}
+
+// A connection to a closed port is refused at once, and one whose server resets
+// it is reset.
+func TestRefusedAndReset(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	if c, err := b.path.A.NS.Dial(b.ctx, "tcp", net.JoinHostPort(b.path.B.Addr4().String(), "9")); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("connect to a closed port: %v, %v", c, err)
+	}
+	ln, err := b.path.B.NS.Listen("tcp", net.JoinHostPort(b.path.B.Addr4().String(), "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		_ = c.(*net.TCPConn).SetLinger(0)
+		c.Close()
+	}()
+	// The reset may come before connect has returned.
+	c, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
+	if err == nil {
+		defer c.Close()
+		_, err = io.ReadAll(c)
+	}
+	if !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("a connection that its server resets ends with %v", err)
+	}
+	b.noFlows(a)
+	b.noFlows(z)
+}
+
+// Connections on a VLAN are encrypted like others, each with its tag.
+func TestVLAN(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	va, err := b.path.A.AddVLAN(7, netip.MustParsePrefix("10.250.7.1/24"), netip.MustParsePrefix("fd07::1/64"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vb, err := b.path.B.AddVLAN(7, netip.MustParsePrefix("10.250.7.2/24"), netip.MustParsePrefix("fd07::2/64"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, z := b.both()
+	c := *b
+	c.path = &lab.Path{A: va, B: vb}
+	eachIP(t, func(t *testing.T, v6 bool) {
+		err := c.exchange(v6, stream(1, 3<<20), stream(2, 3<<20), func() {
+			if f := b.flow(a); f.VLAN != 7 {
+				t.Errorf("flow %+v, want VLAN 7", f)
+			}
+			b.flow(z)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+	b.noFlows(a)
+	b.encryptedOnly(a, z, 2)
+}
+
+// Two queues on each host, all bound, all served.
+func TestQueues(t *testing.T) {
+	b := newBed(t, lab.Options{Queues: 2}, lab.ForwarderOptions{})
+	a, z := b.both()
+	st, err := a.Status(b.ctx)
+	if err != nil || len(st.Queues) != 2 {
+		t.Fatalf("status %+v: %v", st, err)
+	}
+	for i := range 8 {
+		if err := b.exchange(i%2 == 1, stream(1, 1<<20), stream(2, 1<<20), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.noFlows(a)
+	b.encryptedOnly(a, z, 8)
+}
