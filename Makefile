@@ -1,0 +1,57 @@
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZTIME ?= 10s
+
+.PHONY: all build demo test test-unit test-interop bench generate lint fuzz clean root
+
+all: build
+
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)' -o bin/tcpcrypt ./cmd/tcpcrypt
+
+# Two network namespaces, a daemon in each, one encrypted download. Needs root.
+demo: root build
+	$(GO) run ./bench/demo
+
+# Everything; the packages with ring buffers once more with ownership checks.
+test: root
+	$(GO) test -p 1 -count=1 -timeout 20m ./...
+	$(GO) test -p 1 -count=1 -timeout 10m -tags xdpdebug ./xdp/... ./fastpath/...
+
+# What needs neither root nor much time.
+test-unit:
+	$(GO) test -count=1 -timeout 10m -short ./...
+
+# Against a second, independent implementation.
+test-interop: root
+	$(GO) test -count=1 -timeout 30m -v ./bench/interop
+
+# Cryptography, the engine, and whole hosts against plain TCP, in one run.
+bench: root build
+	bin/tcpcrypt bench micro
+	bin/tcpcrypt bench pipeline
+	bin/tcpcrypt bench wire
+
+# The BPF objects; needs clang, llvm-strip and the headers of libbpf.
+generate:
+	$(GO) generate ./...
+
+lint:
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags xdpdebug ./xdp/... ./fastpath/...
+	$(GO) tool staticcheck ./...
+
+# A short round over every fuzz target.
+fuzz:
+	@set -e; \
+	grep -rHoE '^func Fuzz[A-Za-z0-9_]*' --include='*_test.go' . | sort | while IFS=: read -r file func; do \
+		echo "fuzz $${file%/*} $${func#func }"; \
+		$(GO) test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime $(FUZZTIME) "$${file%/*}" </dev/null; \
+	done
+
+clean:
+	rm -rf bin
+
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "this target needs root (network namespaces, AF_XDP, BPF): run it with sudo; 'make test-unit' does without" >&2; exit 1; }
