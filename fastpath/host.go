@@ -30,6 +30,11 @@ const (
 	largeChunk  = 4096
 	chunksQueue = 8192 // chunks per queue beside the common ones
 	chunksBase  = 16384
+
+	// How often the heartbeat is given, and how long after the last one the
+	// daemon counts as hung.
+	beatEvery = 100 * time.Millisecond
+	beatStale = time.Second
 )
 
 // Host is host mode (design section 3): one NIC, one TAP to the local kernel,
@@ -51,7 +56,8 @@ type Host struct {
 	ended    int
 
 	worker *worker
-	slow   *slowSide
+	slow   *slowSide // the worker's
+	pulse  uint64    // the worker's, when watch last looked
 
 	link      chan error // the device is down or gone
 	stopLink  func()
@@ -103,7 +109,7 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	if len(cfg.CPUs) > 0 {
 		cpu = cfg.CPUs[0]
 	}
-	if h.worker, err = newWorker(0, cpu, eng, h.umem, h.socks, h.tap.Queue(0), h.slow.events, h.start); err != nil {
+	if h.worker, err = newWorker(0, cpu, eng, h.umem, h.socks, h.tap.Queue(0), h.slow, h.start); err != nil {
 		return nil, err
 	}
 	for i := range h.queues {
@@ -116,7 +122,6 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	h.worker.reclaim()
 	// Only now may packets come: the rings are filled and both sides run.
 	go h.worker.run()
-	go h.slow.run()
 	if err = errors.Join(h.diverter.Beat(), h.diverter.Enable(true)); err != nil {
 		h.stopThreads()
 		return nil, err
@@ -310,9 +315,12 @@ func (c *HostConfig) selects() func(local, remote uint16) bool {
 	}
 }
 
-// watch ends the host when its worker or its device ends.
+// watch gives the heartbeat, and ends the host when its worker or its device
+// ends.
 func (h *Host) watch() {
 	defer close(h.done)
+	beat := time.NewTicker(beatEvery)
+	defer beat.Stop()
 	for {
 		select {
 		case err := <-h.link:
@@ -321,11 +329,26 @@ func (h *Host) watch() {
 				continue
 			}
 			h.err = fmt.Errorf("%s: %w", h.cfg.Interface, err)
+		case <-beat.C:
+			h.beat()
+			continue
 		case <-h.worker.done:
 			h.err = h.worker.err
-		case <-h.slow.done:
 		}
 		return
+	}
+}
+
+// beat tells the BPF programs that the daemon works, as long as the worker's
+// rounds go on. Without it they take it for hung, and divert no more SYNs.
+func (h *Host) beat() {
+	n := h.worker.pulse.Load()
+	if n == h.pulse && !h.worker.asleep.Load() {
+		return
+	}
+	h.pulse = n
+	if err := h.diverter.Beat(); err != nil {
+		h.log.Warn("heartbeat", "err", err)
 	}
 }
 
@@ -364,14 +387,15 @@ func (h *Host) Drain(ctx context.Context) {
 	h.worker.call(func(w *worker) {
 		w.eng.AbortAll(ReasonShutdown, w.now())
 		w.transmit()
-		w.report()
+		w.slow.round(w.now())
 	})
-	h.slow.call(func(s *slowSide) {})
 }
 
 func (h *Host) counts() (live, half int) {
-	h.worker.call(func(w *worker) { live, _ = w.eng.Flows() })
-	h.slow.call(func(s *slowSide) { half = s.m.Len() })
+	h.worker.call(func(w *worker) {
+		live, _ = w.eng.Flows()
+		half = w.slow.m.Len()
+	})
 	return live, half
 }
 
@@ -381,6 +405,7 @@ func (h *Host) Close() error {
 	h.closeOnce.Do(func() {
 		h.Drain(expired())
 		h.stopThreads()
+		<-h.done
 		h.slow.finish()
 		h.closeErr = h.detach()
 	})
@@ -397,8 +422,6 @@ func (h *Host) stopThreads() {
 	h.worker.stop.Store(true)
 	h.worker.wake()
 	<-h.worker.done
-	h.slow.quit()
-	<-h.slow.done
 	_ = unix.Close(h.worker.wakeFD)
 }
 
@@ -443,23 +466,23 @@ func (h *Host) Status() Status {
 // that became plain or failed within the last minute.
 func (h *Host) Flows() []FlowInfo {
 	var fs []FlowInfo
+	var others []FlowInfo
 	h.worker.call(func(w *worker) {
 		fs = w.eng.Snapshot(fs)
 		for i := range fs {
 			fs[i].Worker = w.id
 		}
+		others = w.slow.describe(w.now())
 	})
 	seen := make(map[[2]string]bool, len(fs))
 	for i := range fs {
 		seen[[2]string{fs[i].Local, fs[i].Remote}] = true
 	}
-	h.slow.call(func(s *slowSide) {
-		for _, f := range s.describe() {
-			if !seen[[2]string{f.Local, f.Remote}] {
-				fs = append(fs, f)
-			}
+	for _, f := range others {
+		if !seen[[2]string{f.Local, f.Remote}] {
+			fs = append(fs, f)
 		}
-	})
+	}
 	return fs
 }
 
@@ -485,8 +508,16 @@ func (h *Host) Stats() Stats {
 	var st EngineStats
 	var ws workerStats
 	var rings []xdp.Statistics
+	out := Stats{Counters: c, Reasons: make(map[string]uint64)}
 	h.worker.call(func(w *worker) {
 		st, ws = w.eng.Stats(), w.st
+		for k, v := range w.slow.m.Counters() {
+			c["slowpath_"+k] = v
+		}
+		c["slow_path_shed"] = w.slow.shed
+		for k, v := range w.slow.reasons {
+			out.Reasons[k] = v
+		}
 		c["umem_free_chunks"] = uint64(w.umem.Available())
 		for _, s := range w.socks {
 			if x, err := s.Statistics(); err == nil {
@@ -509,15 +540,6 @@ func (h *Host) Stats() Stats {
 			c["guard_"+k] = v
 		}
 	}
-	out := Stats{Counters: c, Reasons: make(map[string]uint64)}
-	h.slow.call(func(s *slowSide) {
-		for k, v := range s.m.Counters() {
-			c["slowpath_"+k] = v
-		}
-		for k, v := range s.reasons {
-			out.Reasons[k] = v
-		}
-	})
 	return out
 }
 
@@ -555,6 +577,5 @@ func (s *workerStats) add(c map[string]uint64) {
 	c["worker_sleeps"] += s.sleeps
 	c["tx_ring_full"] += s.txFull
 	c["tap_errors"] += s.tapErrors
-	c["slow_path_shed"] += s.slowDrops
 	c["multi_buffer_packets"] += s.multiBuffer
 }

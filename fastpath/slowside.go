@@ -9,29 +9,29 @@ import (
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
 )
 
-// slowSide runs the slow path's machine on a goroutine of its own, off the
-// workers: it carries out the machine's actions, keeps the diversion and guard
-// maps, and remembers what became of flows that were not encrypted.
+// slowSide is the slow path of one worker, and runs on its thread: an install
+// and the release of the inner handshake then are one step, between which no
+// segment of the flow can come, and a connection is opened without a thread
+// having to wake another. It gives frames to the machine, carries out its
+// actions, keeps the diversion and guard maps, and remembers what became of
+// flows that were not encrypted. Key agreement that costs more than a few
+// packets is computed by a pool, see agreement.
 type slowSide struct {
-	h      *Host
-	m      *slowpath.Machine
-	events chan []Event
-	calls  chan func(*slowSide)
-	stop   chan struct{}
-	done   chan struct{}
+	h *Host
+	w *worker
+	m *slowpath.Machine
+
+	waiting []Event // in order
+	shed    uint64  // frames dropped because too many were waiting
 
 	recent  []recentFlow // oldest first
 	reasons map[string]uint64
 	guarded map[packet.Key]bool
-	tick    *time.Timer
-	pulse   uint64 // the worker's, when last looked at
 }
 
-// How often the heartbeat is given, and how long after the last one the daemon
-// counts as hung.
 const (
-	beatEvery = 100 * time.Millisecond
-	beatStale = time.Second
+	maxWaiting = 8192 // events that wait for the slow path
+	slowVector = 64   // events handled in one round: a flood of SYNs must not starve encrypted flows
 )
 
 type recentFlow struct {
@@ -45,113 +45,79 @@ func newSlowSide(h *Host) *slowSide {
 		m: slowpath.New(slowpath.Config{
 			TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Ports: h.cfg.selects(), Require: h.cfg.Require, MTU: h.caps.MTU,
 		}, rand.Reader),
-		events: make(chan []Event, 64), calls: make(chan func(*slowSide)), stop: make(chan struct{}), done: make(chan struct{}),
-		reasons: make(map[string]uint64), guarded: make(map[packet.Key]bool), tick: time.NewTimer(time.Hour),
+		reasons: make(map[string]uint64), guarded: make(map[packet.Key]bool),
 	}
 }
 
-func (s *slowSide) now() time.Duration { return time.Since(s.h.start) }
-
-func (s *slowSide) run() {
-	defer close(s.done)
-	beat := time.NewTicker(beatEvery)
-	defer beat.Stop()
-	for {
-		if at, ok := s.m.Deadline(); ok {
-			s.tick.Reset(max(0, at-s.now()))
-		}
-		select {
-		case evs := <-s.events:
-			s.handle(evs)
-		case fn := <-s.calls:
-			fn(s)
-		case <-s.tick.C:
-			s.carryOut(s.m.Tick(s.now()))
-		case <-beat.C:
-			s.beat()
-		case <-s.stop:
-			return
-		}
-	}
-}
-
-// beat tells the BPF programs that the daemon works, as long as the worker's
-// rounds go on. Without it they take it for hung, and divert no more SYNs.
-func (s *slowSide) beat() {
-	w := s.h.worker
-	n := w.pulse.Load()
-	if n == s.pulse && !w.asleep.Load() {
-		return
-	}
-	s.pulse = n
-	if err := s.h.diverter.Beat(); err != nil {
-		s.h.log.Warn("heartbeat", "err", err)
-	}
-}
-
-// call runs fn on the slow path's goroutine and waits for it.
-func (s *slowSide) call(fn func(*slowSide)) {
-	ran := make(chan struct{})
-	select {
-	case s.calls <- func(s *slowSide) { fn(s); close(ran) }:
-		<-ran
-	case <-s.done:
-	}
-}
-
-func (s *slowSide) quit() { close(s.stop) }
-
-// finish handles what was still queued when worker and slow path had stopped,
-// so that no ended flow keeps its socket or its map entries.
-func (s *slowSide) finish() {
-	for {
-		select {
-		case evs := <-s.events:
-			s.handle(evs)
+// take queues the engine's events. Frames beyond the bound are shed, which
+// costs new connections only.
+func (s *slowSide) take(evs []Event) {
+	for _, ev := range evs {
+		if ev.Kind == SlowFrame && len(s.waiting) >= maxWaiting {
+			s.shed++
 			continue
-		default:
 		}
-		break
+		s.waiting = append(s.waiting, ev)
 	}
-	s.handle(s.h.worker.waiting)
+}
+
+// round handles a vector of the waiting events and what is due, and reports
+// whether there was anything to do.
+func (s *slowSide) round(now time.Duration) bool {
+	s.take(s.w.eng.Events())
+	at, due := s.m.Deadline()
+	if due = due && at <= now; due {
+		s.carryOut(s.m.Tick(now), now)
+	}
+	n := min(len(s.waiting), slowVector)
+	for i := range n {
+		s.handle(&s.waiting[i], now)
+	}
+	s.waiting = s.waiting[:copy(s.waiting, s.waiting[n:])]
+	return due || n > 0
+}
+
+// finish handles what was left when the worker had stopped, so that no ended
+// flow keeps its socket or its map entries.
+func (s *slowSide) finish() {
+	for now := s.w.now(); s.round(now); {
+	}
 	for k := range s.guarded {
 		s.unguard(k, true)
 	}
 }
 
-func (s *slowSide) handle(evs []Event) {
-	for i := range evs {
-		ev := &evs[i]
-		switch ev.Kind {
-		case SlowFrame:
-			s.carryOut(s.m.Input(ev.Dir, ev.Frame, s.now()))
-		case FlowEnded:
-			s.reasons[ev.Info.Reason]++
-			if ev.Info.State == slowpath.StateFailed {
-				s.remember(ev.Info)
-			}
-		case FlowGone:
-			s.m.Gone(ev.Key)
-			s.unguard(ev.Key, ev.Destroy)
-			s.undivert(ev.Key)
+func (s *slowSide) handle(ev *Event, now time.Duration) {
+	switch ev.Kind {
+	case SlowFrame:
+		s.carryOut(s.m.Input(ev.Dir, ev.Frame, now), now)
+	case FlowEnded:
+		s.reasons[ev.Info.Reason]++
+		if ev.Info.State == slowpath.StateFailed {
+			s.remember(ev.Info)
 		}
+	case FlowGone:
+		s.m.Gone(ev.Key)
+		s.unguard(ev.Key, ev.Destroy)
+		s.undivert(ev.Key)
 	}
 }
 
-func (s *slowSide) carryOut(acts []slowpath.Action) {
-	w := s.h.worker
+func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
+	eng := s.w.eng
 	for i := range acts {
 		a := &acts[i]
 		switch a.Kind {
 		case slowpath.SendOuter:
-			w.send(message{kind: msgSendOuter, frame: a.Frame})
+			eng.SendOuter(a.Frame, now)
 		case slowpath.SendInner:
-			w.send(message{kind: msgSendInner, frame: a.Frame})
+			eng.SendInner(a.Frame, now)
 		case slowpath.Divert:
 			if err := s.h.diverter.Insert(a.Key.Bytes()); err != nil {
 				s.h.log.Warn("flow cannot be diverted", "flow", a.Key.String(), "err", err)
 			}
 		case slowpath.Undivert:
+			s.w.transmit()
 			s.undivert(a.Key)
 		case slowpath.Install:
 			// The guard stands before the inner handshake is released (T22).
@@ -159,9 +125,9 @@ func (s *slowSide) carryOut(acts []slowpath.Action) {
 			if err := s.h.guard.Insert(a.Est.Key.Bytes()); err != nil {
 				s.h.log.Warn("flow cannot be guarded", "flow", a.Est.Key.String(), "err", err)
 			}
-			w.send(message{kind: msgInstall, est: a.Est})
+			eng.Install(a.Est, now)
 		case slowpath.Reinject:
-			w.send(message{kind: msgReinject, dir: a.Dir, frame: a.Frame})
+			eng.Reinject(a.Dir, a.Frame, now)
 		case slowpath.Report:
 			s.report(&a.Info)
 		}
@@ -216,8 +182,7 @@ func describe(i *slowpath.Info) FlowInfo {
 }
 
 // describe lists half-open flows and the recent plain and failed ones.
-func (s *slowSide) describe() []FlowInfo {
-	now := s.now()
+func (s *slowSide) describe(now time.Duration) []FlowInfo {
 	var fs []FlowInfo
 	for _, i := range s.m.Flows() {
 		f := describe(&i)

@@ -9,38 +9,21 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
-	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
 )
 
 const (
-	tapReads    = 8     // super-segments taken from the TAP in one round
-	tapBufSize  = 70000 // a virtio-net header and the largest packet
-	pinnedSpins = 30    // empty rounds before a worker with a CPU of its own sleeps
-	maxSlowWait = 8192  // events kept while the slow path is busy
+	tapReads   = 8     // super-segments taken from the TAP in one round
+	tapBufSize = 70000 // a virtio-net header and the largest packet
+
+	// spinFor is how long a worker without work looks on before it sleeps. To
+	// wake an idle CPU costs tens of microseconds, which a connection that is
+	// being opened, or a request and its answer, would pay at every step.
+	spinFor = 200 * time.Microsecond
 )
 
-// message is what other goroutines ask a worker to do.
-type message struct {
-	kind  messageKind
-	est   *slowpath.Established
-	dir   packet.Direction
-	frame []byte
-	fn    func(*worker) // run on the worker's thread
-}
-
-type messageKind uint8
-
-const (
-	msgInstall messageKind = iota
-	msgSendOuter
-	msgSendInner
-	msgReinject
-	msgCall
-)
-
-// worker owns one engine, its UMEM and its ports, and runs on one OS thread.
+// worker owns one engine, its UMEM and its ports, and the slow path of their
+// flows. It runs on one OS thread.
 type worker struct {
 	id    int
 	cpu   int // -1: not pinned
@@ -50,15 +33,15 @@ type worker struct {
 	socks []*xdp.Socket
 	tap   *xdp.TAPQueue
 
-	msgs    chan message
-	events  chan<- []Event // to the slow path
-	waiting []Event        // not taken yet by the slow path
-	wakeFD  int
-	asleep  atomic.Bool
-	pulse   atomic.Uint64 // counts rounds, for the heartbeat
-	stop    atomic.Bool
-	done    chan struct{}
-	err     error
+	slow *slowSide
+
+	calls  chan func(*worker) // what other goroutines ask for, run on the worker's thread
+	wakeFD int
+	asleep atomic.Bool
+	pulse  atomic.Uint64 // counts rounds, for the heartbeat
+	stop   atomic.Bool
+	done   chan struct{}
+	err    error
 
 	offload bool // the port completes TCP checksums
 	request func(d *xdp.Desc, start, offset uint16)
@@ -71,17 +54,17 @@ type worker struct {
 }
 
 type workerStats struct {
-	rounds, sleeps, txFull, tapErrors, slowDrops, multiBuffer uint64
+	rounds, sleeps, txFull, tapErrors, multiBuffer uint64
 }
 
-func newWorker(id, cpu int, eng *Engine, u *xdp.Umem, socks []*xdp.Socket, tap *xdp.TAPQueue, events chan<- []Event, start time.Time) (*worker, error) {
+func newWorker(id, cpu int, eng *Engine, u *xdp.Umem, socks []*xdp.Socket, tap *xdp.TAPQueue, slow *slowSide, start time.Time) (*worker, error) {
 	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	w := &worker{
-		id: id, cpu: cpu, start: start, eng: eng, umem: u, socks: socks, tap: tap, events: events,
-		msgs: make(chan message, 1024), wakeFD: fd, done: make(chan struct{}),
+		id: id, cpu: cpu, start: start, eng: eng, umem: u, socks: socks, tap: tap, slow: slow,
+		calls: make(chan func(*worker), 1024), wakeFD: fd, done: make(chan struct{}),
 		descs: make([]xdp.Desc, VectorSize),
 	}
 	for i := range w.bufs {
@@ -91,6 +74,7 @@ func newWorker(id, cpu int, eng *Engine, u *xdp.Umem, socks []*xdp.Socket, tap *
 		w.pfds = append(w.pfds, unix.PollFd{Fd: int32(s.FD()), Events: unix.POLLIN})
 	}
 	w.pfds = append(w.pfds, unix.PollFd{Fd: int32(tap.FD()), Events: unix.POLLIN}, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+	slow.w = w
 	eng.cfg.Drain = w.transmit
 	w.offload = socks[0].ChecksumOffload()
 	if w.offload {
@@ -101,11 +85,11 @@ func newWorker(id, cpu int, eng *Engine, u *xdp.Umem, socks []*xdp.Socket, tap *
 
 func (w *worker) now() time.Duration { return time.Since(w.start) }
 
-// send queues a message for the worker and wakes it. It blocks while the queue
-// is full, and gives up when the worker has ended.
-func (w *worker) send(m message) {
+// post queues fn for the worker's thread and wakes it. It blocks while the
+// queue is full, and gives up when the worker has ended.
+func (w *worker) post(fn func(*worker)) {
 	select {
-	case w.msgs <- m:
+	case w.calls <- fn:
 		w.wake()
 	case <-w.done:
 	}
@@ -124,7 +108,7 @@ func (w *worker) wake() {
 // has ended.
 func (w *worker) call(fn func(*worker)) bool {
 	ran := make(chan struct{})
-	w.send(message{kind: msgCall, fn: func(w *worker) { fn(w); close(ran) }})
+	w.post(func(w *worker) { fn(w); close(ran) })
 	select {
 	case <-ran:
 		return true
@@ -138,12 +122,12 @@ func (w *worker) call(fn func(*worker)) bool {
 //
 //	1 outerVector   receive descriptors from the NIC queues, translate inward
 //	2 innerVector   read super-segments from the TAP, translate outward
-//	3 messages      what the slow path and the control side ask for
+//	3 requests      what the control side and the agreement pool ask for
 //	4 timers        due timers of flows
-//	5 transmit      checksums, TX ring, TAP writes
-//	6 reclaim       completions to the pool, pool to the fill rings
-//	7 report        events to the slow path
-//	8 rest          spin a little, then sleep until a port or a timer is due
+//	5 slow.round    SYNs, Init messages and ended flows
+//	6 transmit      checksums, TX ring, TAP writes
+//	7 reclaim       completions to the pool, pool to the fill rings
+//	8 rest          look on a little, then sleep until a port or a timer is due
 //
 // Inside 1 and 2 the engine parses, looks up, groups by flow, claims, and runs
 // the cryptography of the whole vector at once.
@@ -158,35 +142,43 @@ func (w *worker) run() {
 			return
 		}
 	}
-	// A worker that shares its CPU sleeps at once: whom it waits for may need
-	// that very CPU.
-	spins := 0
-	if w.cpu >= 0 {
-		spins = pinnedSpins
-	}
-	idle := 0
+	var idleSince time.Duration
 	w.reclaim()
 	for !w.stop.Load() {
 		w.st.rounds++
 		w.pulse.Add(1)
 		n := w.outerVector()
 		n += w.innerVector()
-		n += w.messages()
+		n += w.requests()
 		w.timers()
+		busy := w.slow.round(w.now())
 		w.transmit()
 		if w.err != nil {
 			return
 		}
 		w.reclaim()
-		w.report()
-		if n > 0 {
-			idle = 0
+		if n > 0 || busy {
+			idleSince = 0
 			continue
 		}
-		if idle++; idle > spins {
+		now := w.now()
+		switch {
+		case idleSince == 0:
+			idleSince = now
+		case now-idleSince > spinFor:
 			w.rest()
-			idle = 0
+			idleSince = 0
+		default:
+			w.yield()
 		}
+	}
+}
+
+// yield gives the CPU to whoever else wants it: a worker that shares its CPU
+// may be waiting for that very thread.
+func (w *worker) yield() {
+	if w.cpu < 0 {
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	}
 }
 
@@ -253,23 +245,10 @@ func (w *worker) innerVector() int {
 	return n
 }
 
-func (w *worker) messages() int {
-	n := len(w.msgs)
+func (w *worker) requests() int {
+	n := len(w.calls)
 	for range n {
-		m := <-w.msgs
-		now := w.now()
-		switch m.kind {
-		case msgInstall:
-			w.eng.Install(m.est, now)
-		case msgSendOuter:
-			w.eng.SendOuter(m.frame, now)
-		case msgSendInner:
-			w.eng.SendInner(m.frame, now)
-		case msgReinject:
-			w.eng.Reinject(m.dir, m.frame, now)
-		case msgCall:
-			m.fn(w)
-		}
+		(<-w.calls)(w)
 	}
 	return n
 }
@@ -332,32 +311,12 @@ func (w *worker) reclaim() {
 	}
 }
 
-// report hands the engine's events to the slow path, in order. When the slow
-// path cannot keep up, frames are shed, which costs new connections only.
-func (w *worker) report() {
-	for _, ev := range w.eng.Events() {
-		if ev.Kind == SlowFrame && len(w.waiting) >= maxSlowWait {
-			w.st.slowDrops++
-			continue
-		}
-		w.waiting = append(w.waiting, ev)
-	}
-	if len(w.waiting) == 0 {
-		return
-	}
-	select {
-	case w.events <- w.waiting:
-		w.waiting = nil
-	default:
-	}
-}
-
 func (w *worker) rest() {
 	timeout := 500 * time.Millisecond
-	if len(w.waiting) > 0 {
-		timeout = time.Millisecond
-	}
 	if at, ok := w.eng.Deadline(); ok {
+		timeout = min(timeout, at-w.now())
+	}
+	if at, ok := w.slow.m.Deadline(); ok {
 		timeout = min(timeout, at-w.now())
 	}
 	if timeout <= 0 {
@@ -365,7 +324,7 @@ func (w *worker) rest() {
 	}
 	w.asleep.Store(true)
 	defer w.asleep.Store(false)
-	if len(w.msgs) > 0 || w.stop.Load() {
+	if len(w.calls) > 0 || w.stop.Load() {
 		return
 	}
 	w.st.sleeps++
