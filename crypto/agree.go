@@ -1,6 +1,7 @@
 package crypto
 
 import (
+	"bytes"
 	"crypto/ecdh"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"math/big"
 
+	"github.com/cloudflare/circl/dh/x25519"
 	"github.com/cloudflare/circl/dh/x448"
 )
 
@@ -21,8 +23,10 @@ type PrivateKey struct {
 	tep TEP
 	pub []byte // without pubkey_len
 
-	ec   *ecdh.PrivateKey // all but X448
-	x448 *x448.Key        // X448 only
+	// One of them holds the key, none after Erase.
+	ec     *ecdh.PrivateKey
+	x25519 *x25519.Key // faster here than that of crypto/ecdh
+	x448   *x448.Key
 }
 
 // nistCurve returns the two views of a NIST curve and the byte length of its
@@ -91,33 +95,32 @@ func NewPrivateKey(tep TEP, raw []byte) (*PrivateKey, error) {
 // newPrivateKey is NewPrivateKey for scalars that are in range already.
 func newPrivateKey(tep TEP, raw []byte) (*PrivateKey, error) {
 	p := &PrivateKey{tep: tep}
-	if tep == TEPX448 {
-		if len(raw) != x448.Size {
-			return nil, fmt.Errorf("%v: %w", tep, ErrPrivateKey)
-		}
-		p.x448 = new(x448.Key)
-		copy(p.x448[:], raw)
+	switch {
+	case tep == TEPX25519 && len(raw) == x25519.Size:
+		p.x25519 = (*x25519.Key)(bytes.Clone(raw))
+		var pub x25519.Key
+		x25519.KeyGen(&pub, p.x25519)
+		p.pub = pub[:]
+		return p, nil
+	case tep == TEPX448 && len(raw) == x448.Size:
+		p.x448 = (*x448.Key)(bytes.Clone(raw))
 		var pub x448.Key
 		x448.KeyGen(&pub, p.x448)
 		p.pub = pub[:]
 		return p, nil
+	case tep == TEPX25519 || tep == TEPX448:
+		return nil, fmt.Errorf("%v: %w", tep, ErrPrivateKey)
 	}
-	curve, _, size, nist := nistCurve(tep)
-	if !nist {
-		if tep != TEPX25519 {
-			return nil, fmt.Errorf("%v: %w", tep, ErrUnknownTEP)
-		}
-		curve = ecdh.X25519()
+	curve, _, size, ok := nistCurve(tep)
+	if !ok {
+		return nil, fmt.Errorf("%v: %w", tep, ErrUnknownTEP)
 	}
 	key, err := curve.NewPrivateKey(raw)
 	if err != nil {
 		return nil, fmt.Errorf("%v: %w", tep, ErrPrivateKey)
 	}
 	p.ec = key
-	p.pub = key.PublicKey().Bytes()
-	if nist {
-		p.pub = compress(p.pub, size)
-	}
+	p.pub = compress(key.PublicKey().Bytes(), size)
 	return p, nil
 }
 
@@ -163,10 +166,23 @@ func (p *PrivateKey) Shared(peerWire []byte) (es []byte, shortLen bool, err erro
 	if err != nil {
 		return nil, false, err
 	}
-	if p.ec == nil && p.x448 == nil {
-		return nil, false, ErrPrivateKey
-	}
-	if curve, el, size, ok := nistCurve(p.tep); ok {
+	switch {
+	case p.x25519 != nil:
+		var secret, peer x25519.Key
+		copy(peer[:], peerWire)
+		if !x25519.Shared(&secret, p.x25519, &peer) || secret == (x25519.Key{}) {
+			return nil, false, ErrZeroShared
+		}
+		return secret[:], false, nil
+	case p.x448 != nil:
+		var secret, peer x448.Key
+		copy(peer[:], peerWire)
+		if !x448.Shared(&secret, p.x448, &peer) || secret == (x448.Key{}) {
+			return nil, false, ErrZeroShared
+		}
+		return secret[:], false, nil
+	case p.ec != nil:
+		curve, el, size, _ := nistCurve(p.tep)
 		x, y := elliptic.UnmarshalCompressed(el, peerWire[nistPrefix:])
 		if x == nil {
 			return nil, false, fmt.Errorf("%v: not a point of the curve: %w", p.tep, ErrBadKey)
@@ -184,32 +200,19 @@ func (p *PrivateKey) Shared(peerWire []byte) (es []byte, shortLen bool, err erro
 		}
 		return es, shortLen, nil
 	}
-	if p.tep == TEPX448 {
-		var secret, peer x448.Key
-		copy(peer[:], peerWire)
-		if !x448.Shared(&secret, p.x448, &peer) || secret == (x448.Key{}) {
-			return nil, false, ErrZeroShared
-		}
-		return secret[:], false, nil
-	}
-	peer, err := ecdh.X25519().NewPublicKey(peerWire)
-	if err != nil {
-		return nil, false, fmt.Errorf("%v: %w", p.tep, ErrBadKey)
-	}
-	if es, err = p.ec.ECDH(peer); err != nil {
-		return nil, false, ErrZeroShared
-	}
-	return es, false, nil
+	return nil, false, ErrPrivateKey
 }
 
 // Erase forgets the private key; Shared fails from then on. See the package
 // comment for what erasing means.
 func (p *PrivateKey) Erase() {
+	if p.x25519 != nil {
+		clear(p.x25519[:])
+	}
 	if p.x448 != nil {
 		clear(p.x448[:])
 	}
-	p.x448 = nil
-	p.ec = nil
+	p.ec, p.x25519, p.x448 = nil, nil, nil
 }
 
 // checkPub checks the form of a public key in its wire encoding: its length,
