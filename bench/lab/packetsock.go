@@ -148,7 +148,7 @@ func (s *PacketSocket) Receive(deadline time.Time) ([][]byte, error) {
 		r.deadline = set
 	}
 	for {
-		n, err := r.recv(s.raw)
+		n, err := r.recv(s.raw, deadline)
 		if err != nil {
 			return nil, s.rawError(err)
 		}
@@ -164,7 +164,11 @@ func (s *PacketSocket) Receive(deadline time.Time) ([][]byte, error) {
 	}
 }
 
-func (r *rxBatch) recv(raw syscall.RawConn) (int, error) {
+// fineWait is the end of a wait that is not left to the runtime, whose timers
+// may be late by a millisecond: longer than the delays that are to be made.
+const fineWait = 3 * time.Millisecond
+
+func (r *rxBatch) recv(raw syscall.RawConn, deadline time.Time) (int, error) {
 	var n uintptr
 	var errno syscall.Errno
 	for i := range r.hdr {
@@ -173,9 +177,18 @@ func (r *rxBatch) recv(raw syscall.RawConn) (int, error) {
 	err := raw.Read(func(fd uintptr) bool {
 		for {
 			n, _, errno = unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.hdr[0])), batchSize, unix.MSG_DONTWAIT, 0, 0)
-			if errno != unix.EINTR {
-				return errno != unix.EAGAIN
+			if errno == unix.EINTR {
+				continue
 			}
+			if errno != unix.EAGAIN {
+				return true
+			}
+			left := time.Until(deadline)
+			if deadline.IsZero() || left <= 0 || left > fineWait {
+				return false
+			}
+			ts := unix.NsecToTimespec(int64(left))
+			_, _ = unix.Ppoll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, &ts, nil)
 		}
 	})
 	if err != nil {
