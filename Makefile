@@ -47,7 +47,7 @@ fuzz:
 	@set -e; \
 	grep -rHoE '^func Fuzz[A-Za-z0-9_]*' --include='*_test.go' . | sort | while IFS=: read -r file func; do \
 		echo "fuzz $${file%/*} $${func#func }"; \
-		$(GO) test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime $(FUZZTIME) "$${file%/*}" </dev/null; \
+		$(GO) test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5x -timeout 0 "$${file%/*}" </dev/null; \
 	done
 
 clean:

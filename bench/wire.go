@@ -26,9 +26,10 @@ type WireRow struct {
 	CPUPerGB  float64 `json:"cpu_s_per_gb"` // busy CPU seconds of the machine, both hosts together
 	RTTp50    float64 `json:"rtt_p50_us"`
 	RTTp99    float64 `json:"rtt_p99_us"`
-	ConnPerS  float64 `json:"conn_per_s"` // connect, one byte each way, close; one after the other
-	Connect50 float64 `json:"connect_p50_us"`
-	Resumed   bool    `json:"resumed"`
+	ConnPerS  float64 `json:"conn_per_s"`         // connect, one byte each way, close; one after the other
+	Connect50 float64 `json:"connect_p50_us"`     // connect to first byte
+	Connect1m float64 `json:"connect_1ms_p50_us"` // the same over a path with a round trip of 1 ms
+	Resumed   bool    `json:"resumed"`            // these connections resumed a session
 }
 
 // WireOptions size a Wire run.
@@ -40,32 +41,54 @@ type WireOptions struct {
 	Log     func(string)
 }
 
-// Variants of the Wire suite, in the order in which each rotation runs them.
-var wireVariants = []string{"plain", "plain-nooffload", "tcpcrypt"}
+// wireVariant is a kind of hosts; see wireVariants.
+type wireVariant struct {
+	name      string
+	noOffload bool
+	daemons   bool
+	resume    bool
+}
+
+// wireVariants of the Wire suite, in the order in which each rotation runs them.
+var wireVariants = []wireVariant{
+	{name: "plain"},
+	{name: "plain-nooffload", noOffload: true},
+	{name: "tcpcrypt", daemons: true},
+	{name: "tcpcrypt", daemons: true, resume: true},
+}
+
+const (
+	farRTT         = time.Millisecond
+	connectsNear   = 300
+	connectsFar    = 100
+	roundTripsNear = 3000
+)
 
 // Wire measures the variants in turn, several times, and returns the median of
 // each figure.
 func Wire(ctx context.Context, o WireOptions) ([]WireRow, error) {
-	all := make(map[string][]WireRow)
+	all := make(map[wireVariant][]WireRow)
 	for round := range o.Rounds {
 		for _, v := range wireVariants {
 			r, err := wireOnce(ctx, o, v)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", v, err)
+				return nil, fmt.Errorf("%s: %w", v.name, err)
 			}
 			if o.Log != nil {
-				o.Log(fmt.Sprintf("round %d/%d %-16s %6.2f Gb/s %6.3f CPU s/GB  rtt p50 %4.0f us  connect p50 %5.0f us", round+1, o.Rounds, v, r.Gbps, r.CPUPerGB, r.RTTp50, r.Connect50))
+				o.Log(fmt.Sprintf("round %d/%d %-16s resumed %-5t %6.2f Gb/s %6.3f CPU s/GB  rtt p50 %4.0f us  connect p50 %5.0f us, at 1 ms %5.0f us",
+					round+1, o.Rounds, v.name, r.Resumed, r.Gbps, r.CPUPerGB, r.RTTp50, r.Connect50, r.Connect1m))
 			}
 			all[v] = append(all[v], r)
 		}
 	}
 	var rows []WireRow
 	for _, v := range wireVariants {
-		m := WireRow{Variant: v, Streams: o.Streams}
+		m := all[v][0]
 		for _, f := range []func(*WireRow) *float64{
 			func(r *WireRow) *float64 { return &r.Gbps }, func(r *WireRow) *float64 { return &r.CPUPerGB },
 			func(r *WireRow) *float64 { return &r.RTTp50 }, func(r *WireRow) *float64 { return &r.RTTp99 },
 			func(r *WireRow) *float64 { return &r.ConnPerS }, func(r *WireRow) *float64 { return &r.Connect50 },
+			func(r *WireRow) *float64 { return &r.Connect1m },
 		} {
 			var xs []float64
 			for i := range all[v] {
@@ -79,40 +102,96 @@ func Wire(ctx context.Context, o WireOptions) ([]WireRow, error) {
 	return rows, nil
 }
 
-func wireOnce(ctx context.Context, o WireOptions, variant string) (r WireRow, err error) {
+// wireOnce measures a variant: everything between neighbours, and connections
+// once more over a longer path.
+func wireOnce(ctx context.Context, o WireOptions, v wireVariant) (r WireRow, err error) {
 	ctx, cancel := context.WithTimeout(ctx, o.Time+90*time.Second)
 	defer cancel()
-	l, err := lab.New()
-	if err != nil {
-		return r, err
-	}
-	defer func() { err = errors.Join(err, l.Close()) }()
-	p, err := l.Pair(lab.Options{Neighbours: true, NoOffload: variant == "plain-nooffload"})
-	if err != nil {
-		return r, err
-	}
-	if variant == "tcpcrypt" {
-		for _, host := range []*lab.Iface{p.A, p.B} {
-			d, err := daemon.Start(ctx, o.Binary, host, nil)
-			if err != nil {
-				return r, err
-			}
-			defer func() { err = errors.Join(err, d.Stop()) }()
+	r = WireRow{Variant: v.name, Streams: o.Streams}
+	err = v.onHosts(ctx, o.Binary, &r, func(l *lab.Lab) (a, b *lab.Iface, err error) {
+		p, err := l.Pair(lab.Options{Neighbours: true, NoOffload: v.noOffload})
+		if err != nil {
+			return nil, nil, err
 		}
-	}
-	r = WireRow{Variant: variant, Streams: o.Streams}
-	if err = bulk(ctx, p, o, &r); err != nil {
+		return p.A, p.B, nil
+	}, func(a, b *lab.Iface) (conns int, err error) {
+		if err := bulk(ctx, a, b, o, &r); err != nil {
+			return 0, err
+		}
+		if err := roundTrips(ctx, a, b, roundTripsNear, &r); err != nil {
+			return 0, err
+		}
+		r.Connect50, r.ConnPerS, err = connections(ctx, a, b, connectsNear)
+		return o.Streams + 1 + connectsNear, err
+	})
+	if err != nil {
 		return r, err
 	}
-	if err = roundTrips(ctx, p, 3000, &r); err != nil {
-		return r, err
-	}
-	return r, connections(ctx, p, 300, &r)
+	return r, v.onHosts(ctx, o.Binary, &r, func(l *lab.Lab) (a, b *lab.Iface, err error) {
+		p, err := l.Middle(lab.Options{Neighbours: true, NoOffload: v.noOffload})
+		if err != nil {
+			return nil, nil, err
+		}
+		half := lab.Impair{Delay: farRTT / 2}
+		_, err = p.Forward(lab.ForwarderOptions{AtoB: half, BtoA: half})
+		return p.A, p.B, err
+	}, func(a, b *lab.Iface) (conns int, err error) {
+		r.Connect1m, _, err = connections(ctx, a, b, connectsFar)
+		return connectsFar, err
+	})
 }
 
-// serve accepts connections on B and runs fn on each.
-func serve(p *lab.Pair, fn func(net.Conn)) (net.Listener, error) {
-	ln, err := p.B.NS.Listen("tcp", net.JoinHostPort(p.B.Addr4().String(), "0"))
+// onHosts makes two hosts with the variant's daemons, runs fn between them and
+// checks that its connections, whose number fn returns, were what the variant
+// says.
+func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
+	topology func(*lab.Lab) (a, b *lab.Iface, err error), fn func(a, b *lab.Iface) (conns int, err error)) (err error) {
+	l, err := lab.New()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	a, b, err := topology(l)
+	if err != nil {
+		return err
+	}
+	var first *daemon.Daemon
+	for _, host := range []*lab.Iface{a, b} {
+		if !v.daemons {
+			break
+		}
+		var flags []string
+		if !v.resume {
+			flags = []string{"--no-resume"}
+		}
+		d, err := daemon.Start(ctx, binary, host, nil, flags...)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, d.Stop()) }()
+		if first == nil {
+			first = d
+		}
+	}
+	n, err := fn(a, b)
+	if err != nil || first == nil {
+		return err
+	}
+	st, err := first.Stats(ctx)
+	if err != nil {
+		return err
+	}
+	encrypted, resumed := st.Counters["slowpath_encrypted"], st.Counters["slowpath_resumed"]
+	r.Resumed = resumed > 0
+	if encrypted != uint64(n) || v.resume && resumed+1 < uint64(n) || !v.resume && resumed > 0 {
+		return fmt.Errorf("of %d connections %d were encrypted and %d resumed", n, encrypted, resumed)
+	}
+	return nil
+}
+
+// serve accepts connections on b and runs fn on each.
+func serve(b *lab.Iface, fn func(net.Conn)) (net.Listener, error) {
+	ln, err := b.NS.Listen("tcp", net.JoinHostPort(b.Addr4().String(), "0"))
 	if err != nil {
 		return nil, err
 	}
@@ -131,12 +210,12 @@ func serve(p *lab.Pair, fn func(net.Conn)) (net.Listener, error) {
 	return ln, nil
 }
 
-func bulk(ctx context.Context, p *lab.Pair, o WireOptions, r *WireRow) error {
+func bulk(ctx context.Context, a, b *lab.Iface, o WireOptions, r *WireRow) error {
 	var mu sync.Mutex
 	var total int64
 	var got sync.WaitGroup
 	got.Add(o.Streams)
-	ln, err := serve(p, func(c net.Conn) {
+	ln, err := serve(b, func(c net.Conn) {
 		defer got.Done()
 		buf := make([]byte, 1<<20)
 		for {
@@ -155,7 +234,7 @@ func bulk(ctx context.Context, p *lab.Pair, o WireOptions, r *WireRow) error {
 	defer ln.Close()
 	var conns []net.Conn
 	for range o.Streams {
-		c, err := p.A.NS.Dial(ctx, "tcp", ln.Addr().String())
+		c, err := a.NS.Dial(ctx, "tcp", ln.Addr().String())
 		if err != nil {
 			return err
 		}
@@ -189,25 +268,25 @@ func bulk(ctx context.Context, p *lab.Pair, o WireOptions, r *WireRow) error {
 	return nil
 }
 
-func roundTrips(ctx context.Context, p *lab.Pair, n int, r *WireRow) error {
-	ln, err := serve(p, func(c net.Conn) { _, _ = io.Copy(c, c) })
+func roundTrips(ctx context.Context, a, b *lab.Iface, n int, r *WireRow) error {
+	ln, err := serve(b, func(c net.Conn) { _, _ = io.Copy(c, c) })
 	if err != nil {
 		return err
 	}
 	defer ln.Close()
-	c, err := p.A.NS.Dial(ctx, "tcp", ln.Addr().String())
+	c, err := a.NS.Dial(ctx, "tcp", ln.Addr().String())
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	var b [1]byte
+	var one [1]byte
 	us := make([]float64, 0, n)
 	for range n {
 		t := time.Now()
-		if _, err := c.Write(b[:]); err != nil {
+		if _, err := c.Write(one[:]); err != nil {
 			return err
 		}
-		if _, err := io.ReadFull(c, b[:]); err != nil {
+		if _, err := io.ReadFull(c, one[:]); err != nil {
 			return err
 		}
 		us = append(us, float64(time.Since(t).Microseconds()))
@@ -217,33 +296,44 @@ func roundTrips(ctx context.Context, p *lab.Pair, n int, r *WireRow) error {
 	return nil
 }
 
-func connections(ctx context.Context, p *lab.Pair, n int, r *WireRow) error {
-	ln, err := serve(p, func(c net.Conn) { _, _ = io.Copy(c, c) })
+// connections opens n connections one after the other, and returns the median
+// of the microseconds from connect to the first byte of the answer, and how many
+// were opened and closed in a second.
+func connections(ctx context.Context, a, b *lab.Iface, n int) (p50, perSecond float64, err error) {
+	ln, err := serve(b, func(c net.Conn) { _, _ = io.Copy(c, c) })
 	if err != nil {
-		return err
+		return 0, 0, err
 	}
 	defer ln.Close()
 	us := make([]float64, 0, n)
 	begin := time.Now()
-	var b [1]byte
-	for range n {
-		t := time.Now()
-		c, err := p.A.NS.Dial(ctx, "tcp", ln.Addr().String())
-		if err != nil {
-			return err
+	var one [1]byte
+	// Inside, so that the way into the namespace is not measured.
+	err = a.NS.Do(func() error {
+		var d net.Dialer
+		d.SetMultipathTCP(false)
+		for range n {
+			t := time.Now()
+			c, err := d.DialContext(ctx, "tcp", ln.Addr().String())
+			if err != nil {
+				return err
+			}
+			if _, err = c.Write(one[:]); err == nil {
+				_, err = io.ReadFull(c, one[:])
+			}
+			us = append(us, float64(time.Since(t).Microseconds()))
+			if err = errors.Join(err, c.Close()); err != nil {
+				return err
+			}
 		}
-		if _, err = c.Write(b[:]); err == nil {
-			_, err = io.ReadFull(c, b[:])
-		}
-		us = append(us, float64(time.Since(t).Microseconds()))
-		if err = errors.Join(err, c.Close()); err != nil {
-			return err
-		}
+		return nil
+	})
+	if err != nil {
+		return 0, 0, err
 	}
-	r.ConnPerS = float64(n) / time.Since(begin).Seconds()
+	perSecond = float64(n) / time.Since(begin).Seconds()
 	sort.Float64s(us)
-	r.Connect50 = us[n/2]
-	return nil
+	return us[n/2], perSecond, nil
 }
 
 // cpuBusy returns the seconds that all CPUs of the machine were not idle.

@@ -23,8 +23,17 @@ type HostConfig struct {
 	TEPs      []crypto.TEP
 	AEADs     []crypto.AEAD
 	NoResume  bool
-	Require   bool
-	Log       *slog.Logger
+	// ResumeNonce is slowpath.Config.ResumeNonce; 8 unless the user knows
+	// better.
+	ResumeNonce int
+	// RekeyBytes, RekeyFrames, RekeyEvery and TCPKeepalive are those of
+	// EngineConfig.
+	RekeyBytes, RekeyFrames uint64
+	RekeyEvery              time.Duration
+	TCPKeepalive            bool
+	Require                 bool
+	Rules                   []Rule // the first that matches wins over Ports, Exclude and Require
+	Log                     *slog.Logger
 }
 
 // PortRange is an inclusive range of TCP ports. An empty list of ranges

@@ -49,6 +49,10 @@ func (e *Engine) outerHeader(f *flow, h *packet.Header, opts []byte, seq uint64,
 		putTS(opts, f.tsLocal, f.tsRemote)
 		n = 12
 	}
+	if f.unheard {
+		binary.BigEndian.PutUint32(opts[n:], packet.OptENO<<24|2<<16|packet.OptNOP<<8|packet.OptNOP)
+		n += 4
+	}
 	if acks && f.sackOK {
 		n += f.putSACK(opts[n:packet.MaxOptions])
 	}

@@ -40,6 +40,7 @@ const (
 	ReasonDataAfterFINp = "data-after-finp" // TC 3.7
 	ReasonFrameLength   = "frame-length"    // clen too short for a tag and flags
 	ReasonFrameFormat   = "frame-format"    // an authentic frame without its urgent field
+	ReasonKeyExhausted  = "key-exhausted"   // no frame can be sealed any more within the limits of the keys
 	ReasonPeerReset     = "peer-reset"
 	ReasonLocalReset    = "local-reset"
 	ReasonPeerSilent    = "peer-silent" // control bytes were never acknowledged
@@ -53,8 +54,14 @@ type EngineConfig struct {
 	Virtual     bool   // outer packets may carry just the pseudo-header sum (T12)
 	Memory      int    // bytes for retained frames and custody of all flows, default 256 MiB
 	FlowBudget  int    // the same for one flow and direction, default 8 MiB
-	RekeyFrames uint64 // frames sealed under one key, default by AEAD (T11)
-	Drain       func() // called when an output vector is full: it must empty both
+	RekeyFrames uint64 // frames sealed under one key, default and most by AEAD (T11)
+	RekeyBytes  uint64 // plaintext bytes sealed under one key, default DefaultRekeyBytes
+	// RekeyEvery is how long one key is used for data; 0: any time.
+	RekeyEvery time.Duration
+	// TCPKeepalive relays the inner stack's keep-alive probes as such, instead
+	// of asking the peer for an authentic answer (TC 3.9).
+	TCPKeepalive bool
+	Drain        func() // called when an output vector is full: it must empty both
 }
 
 // EngineStats counts what an Engine did.
@@ -162,6 +169,9 @@ func NewEngine(cfg EngineConfig) *Engine {
 	}
 	if cfg.FlowBudget == 0 {
 		cfg.FlowBudget = 8 << 20
+	}
+	if cfg.RekeyBytes == 0 {
+		cfg.RekeyBytes = DefaultRekeyBytes
 	}
 	e := &Engine{
 		cfg: cfg, umem: cfg.Umem, buf: newBuffers(cfg.Umem, cfg.Memory), tab: newTable(),
@@ -446,6 +456,7 @@ func (e *Engine) outerSegment(f *flow, s *packet.Segment, src source) {
 		f.tsRemoteEcr = s.TSecr
 	}
 	f.inner.Learn(s)
+	f.unheard = false
 	if n > 0 {
 		f.rcvMSS = max(f.rcvMSS, int(n))
 		if s.Flags&packet.CWR != 0 {
@@ -743,6 +754,9 @@ func (e *Engine) flushFlow(f *flow) {
 		f.sess.AdvanceRecv(f.rxGen)
 	}
 	e.control(f)
+	if f.state != flowLive {
+		return
+	}
 	sent := f.sentO
 	e.pushNew(f)
 	if f.sentO != sent && f.timers[timerCtl] == 0 {
@@ -818,18 +832,22 @@ func (e *Engine) fire(f *flow, which int) {
 	case timerHold:
 		e.holdFired(f)
 		e.touch(f)
+	case timerRekey:
+		e.rekey(f)
 	case timerCtl:
 		from, to, ok := f.controlOutstanding()
 		if !ok {
 			return
 		}
-		if f.ctlRTO > minRTO<<maxCtlTries {
+		// How long a probe of the inner stack may go unanswered is for the
+		// inner stack to decide.
+		if f.ctlRTO > minRTO<<maxCtlTries && !f.verifying {
 			e.abort(f, ReasonPeerSilent)
 			return
 		}
 		e.runSeal()
 		e.xmit(f, from, to, false, true)
-		f.ctlRTO *= 2
+		f.ctlRTO = min(2*f.ctlRTO, minRTO<<(maxCtlTries+1))
 		e.arm(f, timerCtl, e.now+f.ctlRTO)
 	}
 }

@@ -55,6 +55,9 @@ type flow struct {
 	txKey        *crypto.Key
 	txKeyFrames  uint64 // frames sealed under txKey
 	keyFrames    uint64 // and the most there may be (T11)
+	txKeyBytes   uint64 // plaintext bytes sealed under txKey
+	rekeyNext    bool   // the next frame initiates rekeying
+	verifying    bool   // the inner stack waits for an authentic sign of life (TC 3.9)
 
 	// --- receiving: outer to inner ---
 	nxtO      uint64 // next in-order outer byte, the FIN counts as one
@@ -132,6 +135,7 @@ type flow struct {
 	role    crypto.Role
 	active  bool
 	resumed bool
+	unheard bool // no segment without SYN came from the peer: ours carry ENO (RFC 8547 section 4.6)
 	reason  string
 	rtt     time.Duration
 
@@ -202,7 +206,7 @@ func newFlow(est *slowpath.Established, now time.Duration) *flow {
 	f := &flow{
 		key: est.Key, iss: est.ISS, irs: est.IRS, born: now, heapIx: -1,
 		sess: est.Session, role: est.Role, tep: est.TEP, aead: est.Session.AEAD(), id: est.Session.ID(),
-		active: est.Active, resumed: est.Resumed, release: est.Release, rtt: est.RTT,
+		active: est.Active, resumed: est.Resumed, unheard: est.Unheard, release: est.Release, rtt: est.RTT,
 		tsOK: est.TSOK, sackOK: est.SACKOK, wsOK: est.WScaleOK, ecnOK: est.ECNOK,
 		tsLocal: est.TSLocal, tsRemote: est.TSRemote, tsRemoteEcr: est.TSLocal,
 		outer: est.OuterTmpl, inner: est.InnerTmpl,

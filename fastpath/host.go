@@ -56,8 +56,10 @@ type Host struct {
 	ended    int
 
 	worker *worker
-	slow   *slowSide // the worker's
-	pulse  uint64    // the worker's, when watch last looked
+	slow   *slowSide       // the worker's
+	pulse  uint64          // the worker's, when watch last looked
+	cache  *slowpath.Cache // nil: nothing is resumed
+	pool   *agreement
 
 	link      chan error // the device is down or gone
 	stopLink  func()
@@ -80,9 +82,8 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 			h.detach()
 		}
 	}()
-	if cfg.NoResume {
-		// Resumption does not exist yet, so there is nothing to switch off.
-		h.log.Debug("session resumption is not offered")
+	if !cfg.NoResume {
+		h.cache = slowpath.NewCache(0, 0)
 	}
 	want, err := xdp.ParseMode(cfg.Mode)
 	if err != nil {
@@ -104,7 +105,11 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 		return nil, err
 	}
 	h.slow = newSlowSide(h)
-	eng := NewEngine(EngineConfig{Umem: h.umem, Virtual: h.caps.Virtual})
+	h.pool = newAgreement(1)
+	eng := NewEngine(EngineConfig{
+		Umem: h.umem, Virtual: h.caps.Virtual,
+		RekeyBytes: cfg.RekeyBytes, RekeyFrames: cfg.RekeyFrames, RekeyEvery: cfg.RekeyEvery, TCPKeepalive: cfg.TCPKeepalive,
+	})
 	cpu := -1
 	if len(cfg.CPUs) > 0 {
 		cpu = cfg.CPUs[0]
@@ -297,24 +302,6 @@ func portRanges(rs []PortRange) [][2]uint16 {
 	return out
 }
 
-// selects returns the predicate of slowpath.Config.Ports for the configuration.
-func (c *HostConfig) selects() func(local, remote uint16) bool {
-	in := func(rs []PortRange, p uint16) bool {
-		for _, r := range rs {
-			if r.First <= p && p <= r.Last {
-				return true
-			}
-		}
-		return false
-	}
-	return func(l, r uint16) bool {
-		if in(c.Exclude, l) || in(c.Exclude, r) {
-			return false
-		}
-		return len(c.Ports) == 0 || in(c.Ports, l) || in(c.Ports, r)
-	}
-}
-
 // watch gives the heartbeat, and ends the host when its worker or its device
 // ends.
 func (h *Host) watch() {
@@ -422,6 +409,7 @@ func (h *Host) stopThreads() {
 	h.worker.stop.Store(true)
 	h.worker.wake()
 	<-h.worker.done
+	h.pool.close()
 	_ = unix.Close(h.worker.wakeFD)
 }
 
@@ -484,6 +472,39 @@ func (h *Host) Flows() []FlowInfo {
 		}
 	}
 	return fs
+}
+
+// CacheList describes the cached sessions, oldest first.
+func (h *Host) CacheList() []slowpath.CacheEntry {
+	if h.cache == nil {
+		return nil
+	}
+	return h.cache.List(time.Since(h.start))
+}
+
+// CacheFlush erases the cached sessions of a peer, or all of them when peer is
+// the zero Addr, and returns how many there were.
+func (h *Host) CacheFlush(peer netip.Addr) int {
+	if h.cache == nil {
+		return 0
+	}
+	return h.cache.Flush(peer)
+}
+
+// Rekey initiates rekeying (RFC 8548 section 3.8) on the encrypted flow between
+// two endpoints, or on all flows when both are zero, and returns on how many: a
+// flow that has a rekeying under way is left alone. It fails with ErrNoFlow.
+func (h *Host) Rekey(local, remote netip.AddrPort) (n int, err error) {
+	if local == remote {
+		h.worker.call(func(w *worker) { n = w.eng.Rekey(nil, w.now()) })
+		return n, nil
+	}
+	if _, err := h.Session(local, remote); err != nil {
+		return 0, err
+	}
+	k := packet.KeyOf(local, remote)
+	h.worker.call(func(w *worker) { n = w.eng.Rekey(&k, w.now()) })
+	return n, nil
 }
 
 // ErrNoFlow: there is no encrypted flow between the endpoints.

@@ -259,7 +259,7 @@ func TestBadFrames(t *testing.T) {
 	} {
 		for _, n := range []int{1, 7, 1460} {
 			t.Run(fmt.Sprintf("%s/%d", c.name, n), func(t *testing.T) {
-				r := newRig(t, rigConfig{})
+				r := newRig(t, rigConfig{engine: EngineConfig{TCPKeepalive: true}})
 				first := content(9, 0, 100)
 				good := r.seal(0, first)
 				bad := r.seal(0, content(0, 100, 100))
@@ -881,7 +881,7 @@ func TestInnerProbes(t *testing.T) {
 		{"empty", seg{o: 99}},
 		{"garbage byte", seg{o: 99, data: []byte{0xee}}},
 	} {
-		r := newRig(t, rigConfig{})
+		r := newRig(t, rigConfig{engine: EngineConfig{TCPKeepalive: true}})
 		r.inner(seg{data: content(0, 0, 100)})
 		r.outer(seg{})
 		for k := range 3 {

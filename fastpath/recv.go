@@ -176,6 +176,7 @@ func (e *Engine) accept(f *flow, m *openMeta, plain []byte) {
 	if m.control != 0 {
 		f.rxGen++
 		f.rekeysIn++
+		f.verified()
 	}
 	if f.finp {
 		e.abort(f, ReasonDataAfterFINp)

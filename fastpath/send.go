@@ -215,19 +215,16 @@ func (e *Engine) sealFrame(f *flow, src []byte, fl byte, urgent int, psh bool) b
 		hdr += 2
 	}
 	total := hdr + data + crypto.TagLen
+	if f.exhausted() {
+		e.abort(f, ReasonKeyExhausted)
+		return false
+	}
 	mem, r, off, ok := e.buf.alloc(total, &f.txSlab)
 	if !ok {
 		return false
 	}
 	var control byte
-	if f.rxGen > f.txGen || f.txKeyFrames >= f.keyFrames {
-		// Operations already queued use the key that is given up now.
-		e.runSeal()
-		f.txGen++
-		f.txKey = f.sess.SendKey(f.txGen)
-		f.sess.AdvanceSend(f.txGen)
-		f.txKeyFrames = 0
-		f.rekeysOut++
+	if e.advanceTx(f, data == 0) {
 		control = crypto.ControlRekey
 	}
 	if data == 0 || urgent >= 0 {
@@ -252,6 +249,7 @@ func (e *Engine) sealFrame(f *flow, src []byte, fl byte, urgent int, psh bool) b
 	f.framesOut++
 	f.bytesOut += uint64(data)
 	if data > 0 {
+		e.sealedData(f, data)
 		f.meanData += (data - f.meanData) / 8
 		f.meanData = max(f.meanData, 1)
 	}
@@ -390,10 +388,13 @@ func (e *Engine) resend(f *flow, a, b uint64) {
 	}
 }
 
-// relayProbe handles a segment below una that asks for an ACK: a keep-alive or a
-// window probe. The peer is asked in turn, and its answer becomes the inner
-// stack's, so that the inner stack learns whether the peer is alive.
+// relayProbe handles a segment below una that asks for an ACK: a keep-alive,
+// which is to show that the peer lives, or a window probe. The peer is asked in
+// turn, and its answer becomes the inner stack's.
 func (e *Engine) relayProbe(f *flow) {
+	if e.verify(f) {
+		return
+	}
 	e.probeOuter(f)
 	f.probing = true
 }

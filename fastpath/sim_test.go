@@ -86,20 +86,23 @@ type flowConfig struct {
 }
 
 type scenario struct {
-	seed        uint64
-	net         [2]netConfig // by sending node
-	quiet       time.Duration
-	flows       []flowConfig
-	chunks      [2]int
-	chunkSize   int
-	memory      [2]int
-	flowBudget  int
-	rekeyFrames uint64
-	pollDelay   time.Duration // most time that packets gather to a vector
-	virtual     bool          // checksum offload between virtual devices
-	mayAbort    bool          // a reset is a legal outcome
-	source      rand.Source   // of all chance, instead of the seed
-	limit       time.Duration // everything must have ended by then
+	seed         uint64
+	net          [2]netConfig // by sending node
+	quiet        time.Duration
+	flows        []flowConfig
+	chunks       [2]int
+	chunkSize    int
+	memory       [2]int
+	flowBudget   int
+	rekeyFrames  uint64
+	rekeyBytes   uint64
+	rekeyEvery   time.Duration
+	tcpKeepalive bool
+	pollDelay    time.Duration // most time that packets gather to a vector
+	virtual      bool          // checksum offload between virtual devices
+	mayAbort     bool          // a reset is a legal outcome
+	source       rand.Source   // of all chance, instead of the seed
+	limit        time.Duration // everything must have ended by then
 }
 
 // rand returns one of the scenario's streams of chance.
@@ -320,7 +323,8 @@ func newSim(sc *scenario) *sim {
 		}
 		n := &simNode{s: s, id: i, u: u, flows: map[packet.Key]*simFlow{}, ended: map[string]int{}}
 		n.e = NewEngine(EngineConfig{
-			Umem: u, Virtual: sc.virtual, Memory: sc.memory[i], FlowBudget: sc.flowBudget, RekeyFrames: sc.rekeyFrames, Drain: n.drain,
+			Umem: u, Virtual: sc.virtual, Memory: sc.memory[i], FlowBudget: sc.flowBudget, RekeyFrames: sc.rekeyFrames,
+			RekeyBytes: sc.rekeyBytes, RekeyEvery: sc.rekeyEvery, TCPKeepalive: sc.tcpKeepalive, Drain: n.drain,
 		})
 		s.nodes[i] = n
 	}

@@ -25,6 +25,9 @@ func scenarioFrom(rng *rand.Rand, seed uint64) *scenario {
 	}
 	sc.flowBudget = pick(rng, 0, 0, 256<<10)
 	sc.rekeyFrames = pick[uint64](rng, 0, 0, 1, 7, 50, 300)
+	sc.rekeyBytes = pick[uint64](rng, 0, 0, 0, 1, 5000, 100000)
+	sc.rekeyEvery = pick[time.Duration](rng, 0, 0, 0, 20*time.Millisecond, time.Second)
+	sc.tcpKeepalive = one(3)
 	sc.pollDelay = pick[time.Duration](rng, 0, 0, 50*time.Microsecond, time.Millisecond, 10*time.Millisecond)
 	sc.virtual = one(4)
 	level := pick(rng, 0, 0, 1, 1, 2, 3)

@@ -43,7 +43,8 @@ func newSlowSide(h *Host) *slowSide {
 	return &slowSide{
 		h: h,
 		m: slowpath.New(slowpath.Config{
-			TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Ports: h.cfg.selects(), Require: h.cfg.Require, MTU: h.caps.MTU,
+			TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Policy: h.cfg.policy(), MTU: h.caps.MTU,
+			Cache: h.cache, ResumeNonce: h.cfg.ResumeNonce, Offload: offloads(len(h.cfg.CPUs) > 0),
 		}, rand.Reader),
 		reasons: make(map[string]uint64), guarded: make(map[packet.Key]bool),
 	}
@@ -105,6 +106,7 @@ func (s *slowSide) handle(ev *Event, now time.Duration) {
 
 func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 	eng := s.w.eng
+	var refused []*slowpath.Job
 	for i := range acts {
 		a := &acts[i]
 		switch a.Kind {
@@ -128,9 +130,16 @@ func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 			eng.Install(a.Est, now)
 		case slowpath.Reinject:
 			eng.Reinject(a.Dir, a.Frame, now)
+		case slowpath.Agree:
+			if !s.h.pool.add(s.w, a.Job) {
+				refused = append(refused, a.Job)
+			}
 		case slowpath.Report:
 			s.report(&a.Info)
 		}
+	}
+	for _, j := range refused {
+		s.carryOut(s.m.Agreed(j, now), now)
 	}
 }
 

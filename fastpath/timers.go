@@ -9,6 +9,7 @@ const (
 	timerInner         // resend custody inward, or probe the inner window (T13)
 	timerHold          // sealed bytes wait for the peer's window: probe or send a part (T6)
 	timerFin           // an outer FIN waits for its FINp (T9), or an opened FINp for its FIN
+	timerRekey         // the key has been used long enough (TC 3.8)
 	timerLinger        // a closed flow is forgotten (T20)
 	numTimers
 )

@@ -127,7 +127,7 @@ func (w *worker) call(fn func(*worker)) bool {
 //	5 slow.round    SYNs, Init messages and ended flows
 //	6 transmit      checksums, TX ring, TAP writes
 //	7 reclaim       completions to the pool, pool to the fill rings
-//	8 rest          look on a little, then sleep until a port or a timer is due
+//	8 rest          work ahead, look on a little, sleep until something is due
 //
 // Inside 1 and 2 the engine parses, looks up, groups by flow, claims, and runs
 // the cryptography of the whole vector at once.
@@ -163,6 +163,8 @@ func (w *worker) run() {
 		}
 		now := w.now()
 		switch {
+		case w.slow.m.Ahead(now):
+			idleSince = 0
 		case idleSince == 0:
 			idleSince = now
 		case now-idleSince > spinFor:

@@ -11,45 +11,95 @@ import (
 // offer considers a SYN of the inner stack and gives it an ENO option when the
 // flow is eligible (design section 5).
 func (m *Machine) offer(s *packet.Segment) {
-	o := readSYNOptions(s.Options())
-	eno, reason := m.eligible(s, &o)
-	if reason != "" {
+	f := &flow{
+		key: s.Key, active: true, policy: m.policy(&s.Key, packet.FromInner), phase: phaseOffered,
+		since: m.now, expires: m.now + offerIdle,
+		iss: s.Seq, local: readSYNOptions(s.Options()), innerWnd: int(s.Wnd),
+	}
+	if reason := m.eligible(f, s); reason != "" {
 		m.plainSYN(s, packet.FromInner, reason)
 		return
 	}
-	f := &flow{
-		key: s.Key, active: true, phase: phaseOffered, since: m.now, expires: m.now + offerIdle,
-		iss: s.Seq, local: o, localENO: eno, innerWnd: int(s.Wnd),
+	if reason := m.makeOffer(f, s); reason != "" {
+		m.plainSYN(s, packet.FromInner, reason)
+		return
 	}
 	f.outer.Learn(s)
 	learnReverse(&f.inner, s, packet.FromInner)
 	m.add(f)
 	m.count(countOffered)
+	if f.ticket == nil {
+		m.want(f, m.cfg.TEPs[0])
+	}
 	m.sendSYN(f, s)
 }
 
-// eligible returns the ENO option to offer, or why there cannot be one.
-func (m *Machine) eligible(s *packet.Segment, o *synOptions) (eno []byte, reason string) {
+// eligible returns why a SYN of the inner stack cannot offer encryption.
+func (m *Machine) eligible(f *flow, s *packet.Segment) (reason string) {
 	switch {
-	case m.cfg.Ports != nil && !m.cfg.Ports(s.Key.LPort, s.Key.RPort):
-		return nil, ReasonPolicy
+	case f.policy.Verdict == Plain:
+		return ReasonPolicy
 	case s.Len() > 0:
-		return nil, ReasonSYNData
-	case o.tfo || o.conflict || o.enos > 0:
-		return nil, ReasonOptionConflict
-	case !m.cfg.Require && m.peers.has(&s.Key, m.now):
-		return nil, ReasonRemembered
+		return ReasonSYNData
+	case f.local.tfo || f.local.conflict || f.local.enos > 0:
+		return ReasonOptionConflict
+	case f.policy.Verdict != Require && m.peers.has(&s.Key, m.now):
+		return ReasonRemembered
 	case len(m.flows) >= m.cfg.MaxHalfOpen:
-		return nil, ReasonLimit
+		return ReasonLimit
 	}
-	// Where space is short the least preferred TEPs stay out.
-	for n := len(m.cfg.TEPs); n > 0; n-- {
-		eno = AppendOffer(nil, m.cfg.TEPs[:n])
-		if _, ok := (&optionEdit{eno: eno}).apply(s.Options()); ok {
-			return eno, ""
+	return ""
+}
+
+// makeOffer makes the flow's ENO option: resumption when a secret is there, and
+// fresh key agreement. Where space is short the least preferred TEPs stay out.
+func (m *Machine) makeOffer(f *flow, s *packet.Segment) (reason string) {
+	var resume Suboption
+	if m.cfg.Cache != nil && !f.policy.NoResume && !f.policy.PassiveRole {
+		if f.ticket = m.cfg.Cache.propose(&f.key, m.usable, m.now); f.ticket != nil {
+			nonce, err := m.resumeNonce()
+			if err != nil {
+				m.cfg.Cache.restore(f.ticket)
+				return ReasonNoRandom
+			}
+			f.nonce, resume = nonce, f.ticket.suboption(nonce)
 		}
 	}
-	return nil, ReasonNoRoom
+	global := f.policy.global()
+	fits := func(n int, resume Suboption) bool {
+		f.localENO = AppendOffer(nil, global, m.cfg.TEPs[:n], resume)
+		_, ok := (&optionEdit{eno: f.localENO}).apply(s.Options())
+		return ok
+	}
+	for n := len(m.cfg.TEPs); n >= 0 && f.ticket != nil; n-- {
+		if fits(n, resume) {
+			m.count(countProposed)
+			return ""
+		}
+	}
+	if f.ticket != nil {
+		m.cfg.Cache.restore(f.ticket)
+		f.ticket, f.nonce = nil, nil
+	}
+	for n := len(m.cfg.TEPs); n > 0; n-- {
+		if fits(n, Suboption{}) {
+			return ""
+		}
+	}
+	return ReasonNoRoom
+}
+
+// usable reports whether a session of such a key exchange may be resumed.
+func (m *Machine) usable(t crypto.TEP, a crypto.AEAD) bool {
+	return slices.Contains(m.cfg.TEPs, t) && slices.Contains(m.cfg.AEADs, a)
+}
+
+// resumeNonce draws a nonce when the SYN is made, so that a clone of this
+// machine draws another one (T23).
+func (m *Machine) resumeNonce() ([]byte, error) {
+	n := make([]byte, m.cfg.ResumeNonce)
+	_, err := io.ReadFull(m.rand, n)
+	return n, err
 }
 
 // sendSYN sends a copy of the inner SYN with the flow's ENO option.
@@ -95,6 +145,8 @@ func (m *Machine) activeInner(f *flow, s *packet.Segment) {
 		m.offer(s)
 	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN:
 		m.synCopy(f, s)
+	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK && f.phase == phaseCrossed && s.Ack == f.irs+1:
+		m.answerCrossed(f, s)
 	case s.Flags&packet.RST != 0:
 		if f.phase == phaseExchange {
 			m.bury(f, fateDead)
@@ -117,7 +169,7 @@ func (m *Machine) synCopy(f *flow, s *packet.Segment) {
 		f.tsLocal = s.TSval
 		return
 	case phaseOffered:
-		if f.sent < maxSYNs-1 || m.cfg.Require {
+		if f.sent < maxSYNs-1 || f.policy.Verdict == Require {
 			m.sendSYN(f, s)
 		} else {
 			m.plainCopy(f, s)
@@ -130,8 +182,12 @@ func (m *Machine) synCopy(f *flow, s *packet.Segment) {
 
 // activeOuter takes a segment from the peer of an active opener.
 func (m *Machine) activeOuter(f *flow, s *packet.Segment) {
-	if f.phase == phaseExchange {
+	switch f.phase {
+	case phaseExchange:
 		m.exchange(f, s)
+		return
+	case phaseCrossed:
+		m.crossedOuter(f, s)
 		return
 	}
 	switch {
@@ -151,9 +207,7 @@ func (m *Machine) activeOuter(f *flow, s *packet.Segment) {
 	case s.Flags&packet.SYN == 0:
 		m.count(dropUnacceptable)
 	case s.Flags&packet.ACK == 0:
-		// Both sides are active openers with b = 0 (RFC 8547 section 4.3).
-		f.irs = s.Seq
-		m.toPlain(f, s, packet.FromOuter, ReasonSimultaneous)
+		m.crossing(f, s)
 	case f.phase == phasePlainSYN:
 		o := readSYNOptions(s.Options())
 		if o.enos == 0 {
@@ -167,14 +221,18 @@ func (m *Machine) activeOuter(f *flow, s *packet.Segment) {
 	}
 }
 
-// synAck takes the first acceptable SYN-ACK.
-func (m *Machine) synAck(f *flow, s *packet.Segment) {
+// learnSYN takes what the peer's SYN or SYN-ACK says.
+func (m *Machine) learnSYN(f *flow, s *packet.Segment) {
 	f.irs = s.Seq
 	f.remote = readSYNOptions(s.Options())
 	f.inner.Learn(s)
 	f.tsOK = f.local.ts && f.remote.ts
 	f.tsRemote = s.TSval
+}
 
+// synAck takes the first acceptable SYN-ACK.
+func (m *Machine) synAck(f *flow, s *packet.Segment) {
+	m.learnSYN(f, s)
 	sub, reason := m.negotiated(f)
 	edit := optionEdit{mss: m.shownMSS(&f.remote, s.V6)}
 	opts, ok := edit.apply(s.Options())
@@ -182,33 +240,66 @@ func (m *Machine) synAck(f *flow, s *packet.Segment) {
 		reason = ReasonNoRoom
 	}
 	if reason != "" {
+		if f.ticket != nil {
+			// Perhaps the peer only takes a TEP for which there was no room.
+			m.cfg.Cache.refused(f.ticket)
+			f.ticket = nil
+		}
 		if m.cfg.RememberPlainFor > 0 {
 			m.peers.add(&f.key, m.now+m.cfg.RememberPlainFor)
 		}
 		m.toPlain(f, s, packet.FromOuter, reason)
 		return
 	}
-	f.phase = phaseExchange
-	f.tep, f.tepByte = sub.TEP, sub.Byte()
+	m.chosen(f, sub)
 	f.release = rewriteSYN(s, opts)
 	f.ecnOK = f.ecnSYN && s.Flags&(packet.ECE|packet.CWR) == packet.ECE
 	f.edge = int(s.Wnd)
 	m.startExchange(f)
+}
 
-	if err := m.makeInit1(f); err != nil {
-		m.abort(f, ReasonNoRandom)
+// chosen notes the negotiated suboption.
+func (m *Machine) chosen(f *flow, sub Suboption) {
+	f.tep, f.tepByte = sub.TEP, sub.Byte()
+	if f.ticket == nil {
 		return
 	}
-	m.report(f.info(), StateNegotiating, "")
+	if sub.V {
+		f.resume, f.theirs = true, sub.Data[crypto.ResumeLen:]
+		return
+	}
+	m.count(countRefused)
+	m.cfg.Cache.refused(f.ticket)
+	f.ticket = nil
+}
+
+// beginExchange starts the key exchange of role A.
+func (m *Machine) beginExchange(f *flow) {
 	// The first ACK stands alone: its loss, or that of Init1, costs nothing
 	// more, and a middlebox sees an ordinary handshake (decision 12).
 	m.sendAck(f)
+	if reason := m.agree(f, nil); reason != "" {
+		m.abort(f, reason)
+	}
+}
+
+// sendInit1 sends Init1 when there is a key to put into it. It returns a Reason
+// constant when the flow has to be aborted.
+func (m *Machine) sendInit1(f *flow) (reason string) {
+	msg := crypto.Init1{Ciphers: m.cfg.AEADs, Pub: f.priv.Public(false)}
+	if _, err := io.ReadFull(m.rand, msg.Nonce[:]); err != nil {
+		return ReasonNoRandom
+	}
+	f.nonceA = msg.Nonce
+	f.init = msg.Append(nil)
 	m.pump(f, false)
 	m.arm(f)
+	// A peer may have sent something that is not an answer to it.
+	return m.progress(f)
 }
 
 // negotiated applies the rules of an active opener to the options of both SYNs
-// (RFC 8547 sections 4.4 to 4.6).
+// (RFC 8547 sections 4.3 to 4.6).
 func (m *Machine) negotiated(f *flow) (sub Suboption, reason string) {
 	switch {
 	case f.remote.enos == 0:
@@ -224,40 +315,23 @@ func (m *Machine) negotiated(f *flow) (sub Suboption, reason string) {
 	if err != nil {
 		return sub, ReasonIllFormed
 	}
-	return NegotiatedTEP(&ours, &theirs)
+	f.aware = theirs.AppAware()
+	if f.role() == crypto.RoleB {
+		sub, reason = NegotiatedTEP(&theirs, &ours, nil)
+	} else {
+		sub, reason = NegotiatedTEP(&ours, &theirs, f.expectedHalf())
+	}
+	if reason == "" && f.policy.AppAware == AppAwareMandatory && !f.aware {
+		reason = ReasonNotAppAware
+	}
+	return sub, reason
 }
 
-func (m *Machine) makeInit1(f *flow) error {
-	key, err := crypto.GenerateKey(f.tep, m.rand)
-	if err != nil {
-		return err
+// expectedHalf is the half of the identifier with which the peer agrees to the
+// proposed resumption.
+func (f *flow) expectedHalf() []byte {
+	if f.ticket == nil {
+		return nil
 	}
-	f.priv = key
-	msg := crypto.Init1{Ciphers: m.cfg.AEADs, Pub: key.Public(false)}
-	if _, err := io.ReadFull(m.rand, msg.Nonce[:]); err != nil {
-		return err
-	}
-	f.nonceA = msg.Nonce
-	f.init = msg.Append(nil)
-	return nil
-}
-
-// finishActive takes the whole Init2 and completes the key agreement. It
-// returns a Reason constant when the flow has to be aborted.
-func (m *Machine) finishActive(f *flow, init2 []byte) (sess *crypto.Session, reason string) {
-	msg, err := crypto.ParseInit2(f.tep, init2)
-	if err != nil {
-		return nil, initReason(err)
-	}
-	if !slices.Contains(m.cfg.AEADs, msg.Cipher) {
-		return nil, ReasonCipherUnoffered
-	}
-	es, _, err := f.priv.Shared(msg.Pub)
-	if err != nil {
-		return nil, initReason(err)
-	}
-	sess = crypto.NewSession(crypto.RoleA, msg.Cipher, f.tepByte,
-		Transcript(f.localENO, f.remote.option()), f.init, init2, f.nonceA[:], es)
-	clear(es)
-	return sess, ""
+	return f.ticket.theirs[:]
 }

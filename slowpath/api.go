@@ -35,6 +35,8 @@ const (
 	Reinject
 	// Report announces that the flow Key has reached Info.State.
 	Report
+	// Agree hands out Job, to be run anywhere and given to Machine.Agreed.
+	Agree
 )
 
 // Action is one thing that the caller has to do. Actions are carried out in
@@ -46,6 +48,7 @@ type Action struct {
 	Frame []byte // owned by the receiver of the action; checksums: see Machine
 	Est   *Established
 	Info  Info // Report
+	Job   *Job // Agree
 }
 
 // State is the state of a flow as `tcpcrypt flows` names it.
@@ -100,6 +103,8 @@ const (
 	ReasonNoAnswer        = "no-answer"            // one side fell silent in the TCP handshake
 	ReasonTruncated       = "truncated"            // FIN before the end of the Init message
 	ReasonNoRandom        = "no-randomness"        // the source of keys and nonces failed
+	ReasonOverload        = "overload"             // nobody found the time to compute the key agreement
+	ReasonNotAppAware     = "not-app-aware"        // mandatory application-aware mode, and the peer is not (ENO 4.2)
 )
 
 // Config is the policy of a Machine. It is read only after New.
@@ -107,10 +112,18 @@ type Config struct {
 	TEPs  []crypto.TEP  // in order of preference, as A and as B
 	AEADs []crypto.AEAD // in order of preference, as A and as B
 
-	// Ports selects the flows to encrypt: a flow takes part when either its
-	// local or its remote port is selected. nil selects every flow.
-	Ports       func(local, remote uint16) bool
-	Require     bool          // refuse connections that would be plain
+	// Policy returns what to do with a flow whose SYN came from dir; nil
+	// encrypts every flow where the peer can.
+	Policy func(k *packet.Key, dir packet.Direction) Policy
+	// Cache keeps session secrets; nil: no session is resumed.
+	Cache *Cache
+	// ResumeNonce is the length in bytes of the nonces in resumption
+	// suboptions, 0 to 8. Less than 8 is for hosts that can rule out that
+	// their memory is ever restored or cloned (RFC 8548 section 3.5).
+	ResumeNonce int
+	// Offload reports whether the key agreement of a TEP is not computed inside
+	// Input but handed out as a Job; nil: none is.
+	Offload     func(crypto.TEP) bool
 	MTU         int           // IP MTU of the outer interface, bytes
 	MaxHalfOpen int           // most flows negotiated at a time, default 16384
 	Deadline    time.Duration // of the key exchange, default 3 s (T19)
@@ -121,6 +134,55 @@ type Config struct {
 	TombstoneFor     time.Duration // how long stragglers of a decided flow are passed on, default 5 s
 }
 
+// Verdict is what a Policy wants of a flow.
+type Verdict uint8
+
+// The verdicts.
+const (
+	Encrypt Verdict = iota // where the peer can
+	Require                // or not at all: a flow that would be plain is refused
+	Plain                  // never
+)
+
+// AppAware is what is known of the application's use of the session ID (RFC
+// 8547 section 4.2).
+type AppAware uint8
+
+// The application-aware modes.
+const (
+	AppAwareOff       AppAware = iota // a = 0
+	AppAwareOn                        // a = 1
+	AppAwareMandatory                 // a = 1, and encryption only if the peer's is 1, too
+)
+
+// Policy is what to do with one flow.
+type Policy struct {
+	Verdict Verdict
+	// NoResume ignores resumption requests and makes none, NoCache keeps no
+	// session secret (RFC 8548 section 3.5).
+	NoResume, NoCache bool
+	// PassiveRole sets b = 1 on active opens, which one of two hosts needs
+	// that open a connection simultaneously (RFC 8547 section 4.3).
+	PassiveRole bool
+	AppAware    AppAware
+}
+
+// global returns the bits of the global suboption of an active opener.
+func (p *Policy) global() (g byte) {
+	if p.PassiveRole {
+		g |= enoB
+	}
+	return g | p.aware()
+}
+
+// aware returns the a bit.
+func (p *Policy) aware() byte {
+	if p.AppAware != AppAwareOff {
+		return enoA
+	}
+	return 0
+}
+
 // Established is everything the fast path needs to take over a flow. All
 // offsets count bytes of a stream from 0, the first byte after the SYN.
 type Established struct {
@@ -129,7 +191,13 @@ type Established struct {
 	Role    crypto.Role     // ENO role, A or B
 	TEP     crypto.TEP
 	Active  bool // the local stack opened the connection
-	Resumed bool
+	// PeerAware is the a bit that the peer sent (RFC 8547 section 4.2).
+	PeerAware bool
+	Resumed   bool // the keys go by the role of the original session, see crypto.Session.Role
+	// Unheard: no segment without SYN came from the peer, so every segment to
+	// it has to carry a non-SYN-form ENO option until one does (RFC 8547
+	// section 4.6).
+	Unheard bool
 
 	ISS, IRS uint32 // initial sequence numbers, local and remote; the same on both sides of the daemon
 
@@ -165,7 +233,8 @@ type Established struct {
 	InnerTmpl packet.Template // headers of packets to the inner stack
 
 	// Release is the segment that ends the inner handshake: the SYN-ACK for
-	// an active opener, the final ACK for a passive one. The slow path sends
+	// an active opener, the final ACK for a passive one and after a
+	// simultaneous open. The slow path sends
 	// it once, the fast path again when the inner stack asks (T18).
 	Release []byte
 

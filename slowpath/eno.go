@@ -1,6 +1,7 @@
 package slowpath
 
 import (
+	"bytes"
 	"errors"
 	"slices"
 
@@ -112,22 +113,34 @@ func ParseENO(opt []byte) (ENO, error) {
 	return e, nil
 }
 
-// AppendOffer appends the option of an active opener that offers fresh key
-// agreement with each of teps. There is no global suboption: the implicit one
-// says b = 0.
-func AppendOffer(dst []byte, teps []crypto.TEP) []byte {
-	dst = append(dst, packet.OptENO, byte(enoHead+len(teps)))
-	for _, t := range teps {
-		dst = append(dst, byte(t))
+// AppendOffer appends the option of an active opener: fresh key agreement with
+// each of teps, and, unless its TEP is 0, the resumption suboption resume, last
+// so that it needs no length byte (RFC 8548 section 3.5). global is the global
+// suboption; a zero is left out, which says the same (RFC 8547 section 4.2).
+func AppendOffer(dst []byte, global byte, teps []crypto.TEP, resume Suboption) []byte {
+	start := len(dst)
+	dst = append(dst, packet.OptENO, 0)
+	if global != 0 {
+		dst = append(dst, global)
 	}
+	for _, t := range teps {
+		if t != resume.TEP {
+			dst = append(dst, byte(t))
+		}
+	}
+	if resume.TEP != 0 {
+		dst = append(append(dst, resume.Byte()), resume.Data...)
+	}
+	dst[start+1] = byte(len(dst) - start)
 	return dst
 }
 
-// AppendAnswer appends the option of a passive opener that chose fresh key
-// agreement with tep: an explicit b = 1 and that TEP alone (RFC 8547 sections
+// AppendAnswer appends the option of a passive opener that chose sub: an
+// explicit global suboption with b = 1 and that TEP alone (RFC 8547 sections
 // 4.2 and 4.5).
-func AppendAnswer(dst []byte, tep crypto.TEP) []byte {
-	return append(dst, packet.OptENO, enoHead+2, enoB, byte(tep))
+func AppendAnswer(dst []byte, global byte, sub Suboption) []byte {
+	dst = append(dst, packet.OptENO, byte(enoHead+2+len(sub.Data)), global|enoB, sub.Byte())
+	return append(dst, sub.Data...)
 }
 
 // appendNonSYN appends the option of a segment without SYN: its presence is
@@ -158,11 +171,13 @@ func ChooseTEP(offer *ENO, prefs []crypto.TEP) (tep crypto.TEP, reason string) {
 	return 0, ReasonNoCommonTEP
 }
 
-// NegotiatedTEP is the negotiation of an active opener: the last valid TEP of
-// answer, the passive opener's option, that the active opener offered (RFC 8547
-// section 4.5). A suboption with v = 1 is not valid where offer has v = 0.
-// When encryption has to be disabled, reason is one of the Reason constants.
-func NegotiatedTEP(offer, answer *ENO) (chosen Suboption, reason string) {
+// NegotiatedTEP is the negotiation of the host that plays role A: the last valid
+// TEP of answer, the option of host B, that host A offered (RFC 8547 section
+// 4.5). A suboption with v = 1 is only valid as the answer to a resumption
+// suboption, and with half, the half of its identifier that the answer has to
+// name (RFC 8548 section 3.5). When encryption has to be disabled, reason is one
+// of the Reason constants.
+func NegotiatedTEP(offer, answer *ENO, half []byte) (chosen Suboption, reason string) {
 	if answer.Vacuous() {
 		return chosen, ReasonVacuous
 	}
@@ -174,10 +189,15 @@ func NegotiatedTEP(offer, answer *ENO) (chosen Suboption, reason string) {
 		if _, once := answer.offer(s.TEP); !offered || !once {
 			continue
 		}
-		if s.V && (!ours.V || len(s.Data) < minResumeData || len(s.Data) > maxResumeData) {
+		if len(ours.Data) > maxResumeData || s.V && (!ours.V || !isResumption(s) || !bytes.Equal(s.Data[:crypto.ResumeLen], half)) {
 			continue
 		}
 		return s, ""
 	}
 	return chosen, ReasonNoCommonTEP
+}
+
+// isResumption reports whether s has the form of a resumption suboption.
+func isResumption(s Suboption) bool {
+	return s.V && len(s.Data) >= minResumeData && len(s.Data) <= maxResumeData
 }

@@ -147,6 +147,8 @@ func TestNegotiatedTEP(t *testing.T) {
 		{name: "v = 1 to v = 0 alone", offer: []byte{x25519}, answer: append([]byte{1, 0x80 | x25519}, data(17)...), reason: ReasonNoCommonTEP},
 		{name: "v = 0 to v = 1", offer: append([]byte{0x80 | x25519}, data(17)...), answer: []byte{1, x25519}, sub: x25519},
 		{name: "v = 1 to v = 1", offer: append([]byte{0x80 | x25519}, data(17)...), answer: append([]byte{1, 0x80 | x25519}, data(9)...), sub: 0x80 | x25519},
+		{name: "another identifier", offer: append([]byte{p256, 0x80 | x25519}, data(17)...), answer: append([]byte{1, p256, 0x80 | x25519, 0xff}, data(9)...), sub: p256},
+		{name: "another identifier alone", offer: append([]byte{0x80 | x25519}, data(17)...), answer: append([]byte{1, 0x80 | x25519, 0xff}, data(9)...), reason: ReasonNoCommonTEP},
 		{name: "too short", offer: append([]byte{0x80 | x25519}, data(17)...), answer: append([]byte{1, 0x80 | x25519}, data(8)...), reason: ReasonNoCommonTEP},
 		{name: "too long", offer: append([]byte{0x80 | x25519}, data(17)...), answer: append([]byte{1, 0x80 | x25519}, data(18)...), reason: ReasonNoCommonTEP},
 	} {
@@ -159,7 +161,7 @@ func TestNegotiatedTEP(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			sub, reason := NegotiatedTEP(&offer, &answer)
+			sub, reason := NegotiatedTEP(&offer, &answer, data(9))
 			if reason != x.reason || reason == "" && sub.Byte() != x.sub {
 				t.Errorf("got %#x %q, want %#x %q", sub.Byte(), reason, x.sub, x.reason)
 			}
@@ -168,11 +170,11 @@ func TestNegotiatedTEP(t *testing.T) {
 }
 
 func TestOfferAndAnswer(t *testing.T) {
-	offer := AppendOffer(nil, crypto.AllTEPs)
+	offer := AppendOffer(nil, 0, crypto.AllTEPs, Suboption{})
 	if want := option(x25519, x448, p256, p521); !bytes.Equal(offer, want) {
 		t.Errorf("offer %x, want %x", offer, want)
 	}
-	answer := AppendAnswer(nil, crypto.TEPX448)
+	answer := AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX448})
 	if want := option(1, x448); !bytes.Equal(answer, want) {
 		t.Errorf("answer %x, want %x", answer, want)
 	}
@@ -210,7 +212,7 @@ func FuzzENO(f *testing.F) {
 		} else if _, ok := ea.offer(tep); reason == "" && !ok {
 			t.Errorf("%v is not in the offer", tep)
 		}
-		if sub, reason := NegotiatedTEP(&ea, &eb); reason == "" {
+		if sub, reason := NegotiatedTEP(&ea, &eb, nil); reason == "" {
 			_, okA := ea.offer(sub.TEP)
 			_, okB := eb.offer(sub.TEP)
 			if !okA || !okB || ea.PassiveRole() == eb.PassiveRole() {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"slices"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
@@ -18,8 +19,22 @@ const (
 // startExchange turns encryption on: from here on the flow is encrypted or
 // failed (invariant 8).
 func (m *Machine) startExchange(f *flow) {
+	f.phase = phaseExchange
 	bound := f.noteAnswered(m.now)
 	f.expires = m.now + min(max(m.cfg.Deadline, deadlineRTTs*bound), deadlineFactor*m.cfg.Deadline)
+	switch {
+	case f.resume:
+		sess := f.ticket.session(f.tepByte, f.nonce, f.theirs)
+		m.cfg.Cache.served(f.ticket, !f.policy.NoCache)
+		f.ticket = nil
+		m.count(countResumed)
+		m.install(f, sess, nil)
+	case f.role() == crypto.RoleA:
+		m.report(f.info(), StateNegotiating, "")
+		m.beginExchange(f)
+	default:
+		m.report(f.info(), StateNegotiating, "")
+	}
 }
 
 // exchange takes a segment of the peer while Init messages are exchanged:
@@ -73,7 +88,7 @@ func (m *Machine) exchange(f *flow, s *packet.Segment) {
 		return
 	}
 	if s.Flags&packet.FIN != 0 && off == next {
-		m.abort(f, ReasonTruncated)
+		m.ended(f, s)
 	}
 }
 
@@ -134,21 +149,36 @@ func (m *Machine) data(f *flow, s *packet.Segment, off int) {
 			return
 		}
 		if s.Flags&packet.FIN != 0 && off+s.Len() == got {
-			m.abort(f, ReasonTruncated)
-			return
+			m.ended(f, s)
+			if f.job == nil {
+				return
+			}
 		}
 	}
 	m.sendAck(f)
+}
+
+// ended takes a FIN in order. Behind the whole Init message it belongs to the
+// frames, and waits for the fast path as they do.
+func (m *Machine) ended(f *flow, s *packet.Segment) {
+	if f.job == nil || f.job.peer == nil {
+		m.abort(f, ReasonTruncated)
+		return
+	}
+	f.fin = bytes.Clone(s.Frame)
 }
 
 // progress looks at the peer's stream, and completes the exchange when the Init
 // message is there. It returns a Reason constant when the flow has to be
 // aborted.
 func (m *Machine) progress(f *flow) (reason string) {
+	if f.job != nil {
+		return ""
+	}
 	stream := f.rx.buf[:f.rxNext()]
 	if f.initLen == 0 {
 		magic := uint32(crypto.Init1Magic)
-		if f.active {
+		if f.role() == crypto.RoleA {
 			magic = crypto.Init2Magic
 		}
 		n, err := crypto.InitLen(stream, magic)
@@ -160,17 +190,63 @@ func (m *Machine) progress(f *flow) (reason string) {
 	if f.initLen == 0 || len(stream) < f.initLen {
 		return ""
 	}
+	pub, reason := m.readInit(f, stream[:f.initLen])
+	if reason != "" {
+		return reason
+	}
+	return m.agree(f, pub)
+}
+
+// readInit reads the peer's whole Init message, settles the cipher and returns
+// the peer's key in its wire encoding. It returns a Reason constant when the flow
+// has to be aborted.
+func (m *Machine) readInit(f *flow, theirs []byte) (pub []byte, reason string) {
+	if f.role() == crypto.RoleA {
+		msg, err := crypto.ParseInit2(f.tep, theirs)
+		if err != nil {
+			return nil, initReason(err)
+		}
+		if !slices.Contains(m.cfg.AEADs, msg.Cipher) {
+			return nil, ReasonCipherUnoffered
+		}
+		f.cipher = msg.Cipher
+		return msg.Pub, ""
+	}
+	msg, err := crypto.ParseInit1(f.tep, theirs)
+	if err != nil {
+		return nil, initReason(err)
+	}
+	var ok bool
+	if f.cipher, ok = crypto.ChooseCipher(m.cfg.AEADs, msg.Ciphers); !ok {
+		return nil, ReasonNoCommonCipher
+	}
+	f.nonceA = msg.Nonce
+	return msg.Pub, ""
+}
+
+// complete makes the session out of the ephemeral secret es and installs the
+// flow; short is the peer's reading of pubkey_len. It returns a Reason constant
+// when the flow has to be aborted.
+func (m *Machine) complete(f *flow, es []byte, short bool) (reason string) {
+	stream := f.rx.buf[:f.rxNext()]
 	theirs := stream[:f.initLen]
-	var sess *crypto.Session
-	if f.active {
-		sess, reason = m.finishActive(f, theirs)
+	transcript, init1, init2 := Transcript(f.localENO, f.remote.option()), f.init, theirs
+	if f.role() == crypto.RoleB {
+		msg := crypto.Init2{Cipher: f.cipher, Pub: f.priv.Public(short)}
+		if _, err := io.ReadFull(m.rand, msg.Nonce[:]); err != nil {
+			return ReasonNoRandom
+		}
+		f.init = msg.Append(nil)
+		transcript, init1, init2 = Transcript(f.remote.option(), f.localENO), theirs, f.init
+	}
+	sess := crypto.NewSession(f.role(), f.cipher, f.tepByte, transcript, init1, init2, f.nonceA[:], es)
+	if m.cfg.Cache != nil && !f.policy.NoCache {
+		m.cfg.Cache.add(&f.key, f.active, f.tep, sess.AEAD(), f.role(), sess.NextSecret(), m.now)
 	} else {
-		sess, reason = m.finishPassive(f, theirs)
+		sess.NextSecret().Erase()
 	}
-	if reason == "" {
-		m.install(f, sess, stream[f.initLen:])
-	}
-	return reason
+	m.install(f, sess, stream[f.initLen:])
+	return ""
 }
 
 // initReason names a failure of the key exchange.
@@ -190,11 +266,11 @@ func (m *Machine) install(f *flow, sess *crypto.Session, pending []byte) {
 	v6 := f.outer.V6()
 	acts := len(m.acts)
 	m.emit(Action{Kind: Install, Key: f.key})
-	if f.active || !m.pump(f, false) {
+	if resumed := f.resume && !f.active; !resumed && (f.role() == crypto.RoleA || !m.pump(f, false)) {
 		m.sendAck(f)
 	}
 	est := &Established{
-		Key: f.key, Session: sess, Role: f.role(), TEP: f.tep, Active: f.active,
+		Key: f.key, Session: sess, Role: f.role(), TEP: f.tep, Active: f.active, PeerAware: f.aware, Resumed: f.resume, Unheard: f.active && !f.heard,
 		ISS: f.iss, IRS: f.irs,
 		PeerMSS: m.mss(&f.remote, v6), InnerMSS: m.mss(&f.local, v6),
 		WScaleOK: f.local.hasWS && f.remote.hasWS, SACKOK: f.local.sackOK && f.remote.sackOK,
@@ -210,38 +286,10 @@ func (m *Machine) install(f *flow, sess *crypto.Session, pending []byte) {
 	}
 	m.acts[acts].Est = est
 	m.emit(Action{Kind: SendInner, Key: f.key, Frame: bytes.Clone(f.release)})
+	if f.fin != nil {
+		m.emit(Action{Kind: Reinject, Dir: packet.FromOuter, Key: f.key, Frame: f.fin})
+	}
 	m.bury(f, fateHanded)
 	i := f.info()
 	m.report(i, StateEncrypted, "")
-}
-
-// finishPassive takes the whole Init1, chooses the cipher, completes the key
-// agreement and makes Init2. It returns a Reason constant when the flow has to
-// be aborted.
-func (m *Machine) finishPassive(f *flow, init1 []byte) (sess *crypto.Session, reason string) {
-	theirs, err := crypto.ParseInit1(f.tep, init1)
-	if err != nil {
-		return nil, initReason(err)
-	}
-	ours := crypto.Init2{}
-	var ok bool
-	if ours.Cipher, ok = crypto.ChooseCipher(m.cfg.AEADs, theirs.Ciphers); !ok {
-		return nil, ReasonNoCommonCipher
-	}
-	if _, err := io.ReadFull(m.rand, ours.Nonce[:]); err != nil {
-		return nil, ReasonNoRandom
-	}
-	if f.priv, err = crypto.GenerateKey(f.tep, m.rand); err != nil {
-		return nil, ReasonNoRandom
-	}
-	es, shortLen, err := f.priv.Shared(theirs.Pub)
-	if err != nil {
-		return nil, initReason(err)
-	}
-	ours.Pub = f.priv.Public(shortLen)
-	f.init = ours.Append(nil)
-	sess = crypto.NewSession(crypto.RoleB, ours.Cipher, f.tepByte,
-		Transcript(f.remote.option(), f.localENO), init1, f.init, theirs.Nonce[:], es)
-	clear(es)
-	return sess, ""
 }

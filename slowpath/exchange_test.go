@@ -19,11 +19,11 @@ func TestActiveEstablished(t *testing.T) {
 	if syn.Wnd != openWindow {
 		t.Errorf("SYN advertises %d", syn.Wnd)
 	}
-	if want := AppendOffer(nil, crypto.AllTEPs); !bytes.Equal(s.localENO, want) {
+	if want := AppendOffer(nil, 0, crypto.AllTEPs, Suboption{}); !bytes.Equal(s.localENO, want) {
 		t.Errorf("option %x, want %x", s.localENO, want)
 	}
 	s.now += 10 * time.Millisecond
-	s.peerENO = AppendAnswer(nil, crypto.TEPX25519)
+	s.peerENO = AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519})
 	s.outer(synack(s.peerENO))
 	s.wantReport(StateNegotiating, "")
 	segs := s.sent(SendOuter)
@@ -251,7 +251,7 @@ func TestPubkeyLen(t *testing.T) {
 func TestSmallPeer(t *testing.T) {
 	s := newScript(t, Config{})
 	s.connect()
-	s.peerENO = AppendAnswer(nil, crypto.TEPX25519)
+	s.peerENO = AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519})
 	x := synack(s.peerENO)
 	x.wnd = 50
 	x.opts = withENO([]byte{2, 4, 0, 68, 1, 3, 3, 0}, s.peerENO)
@@ -293,7 +293,7 @@ func TestSmallPeer(t *testing.T) {
 func TestZeroWindow(t *testing.T) {
 	s := newScript(t, Config{})
 	s.connect()
-	x := synack(AppendAnswer(nil, crypto.TEPX25519))
+	x := synack(AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519}))
 	x.wnd = 0
 	s.outer(x)
 	if p := s.one(SendOuter); p.Len() != 0 {
@@ -315,7 +315,7 @@ func TestActiveTimeout(t *testing.T) {
 	s := newScript(t, Config{})
 	s.connect()
 	s.now += 100 * time.Millisecond
-	s.outer(synack(AppendAnswer(nil, crypto.TEPX25519)))
+	s.outer(synack(AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519})))
 	start, first := s.now, s.payload()
 	pauses := []time.Duration{300, 600, 1200}
 	last := start
@@ -530,7 +530,7 @@ func TestAfterInstall(t *testing.T) {
 	s.inner(tcp{seq: localISS + 1, ack: 1, flags: packet.ACK, wnd: 64240})
 	s.wantKinds(Reinject)
 	// A blind SYN that was queued must not start anything.
-	s.outer(tcp{seq: 4711, flags: packet.SYN, wnd: 1000, opts: withENO(nil, AppendOffer(nil, crypto.AllTEPs))})
+	s.outer(tcp{seq: 4711, flags: packet.SYN, wnd: 1000, opts: withENO(nil, AppendOffer(nil, 0, crypto.AllTEPs, Suboption{}))})
 	s.wantKinds(Reinject)
 	s.inner(tcp{seq: 123456, flags: packet.SYN, wnd: 64240, opts: linuxSYN(1460, 12, 0)})
 	s.wantKinds(Divert, SendOuter)
@@ -544,16 +544,16 @@ func TestPassiveReuse(t *testing.T) {
 	s.outer(s.data(0, 0, s.init1(crypto.TEPX25519, false, nil)))
 	s.installed()
 	s.tick(time.Second)
-	s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 1000, opts: withENO(nil, AppendOffer(nil, crypto.AllTEPs))})
+	s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 1000, opts: withENO(nil, AppendOffer(nil, 0, crypto.AllTEPs, Suboption{}))})
 	s.wantKinds(Reinject)
-	s.outer(tcp{seq: peerISS + 99, flags: packet.SYN, wnd: 1000, opts: withENO(nil, AppendOffer(nil, crypto.AllTEPs))})
+	s.outer(tcp{seq: peerISS + 99, flags: packet.SYN, wnd: 1000, opts: withENO(nil, AppendOffer(nil, 0, crypto.AllTEPs, Suboption{}))})
 	s.wantKinds(Divert, SendInner)
 	// At once, when the fast path has given the flow up.
 	s = newScript(t, Config{})
 	s.passive(crypto.TEPX25519)
 	s.outer(s.data(0, 0, s.init1(crypto.TEPX25519, false, nil)))
 	s.installed()
-	again := tcp{seq: peerISS + 99, flags: packet.SYN, wnd: 1000, opts: withENO(nil, AppendOffer(nil, crypto.AllTEPs))}
+	again := tcp{seq: peerISS + 99, flags: packet.SYN, wnd: 1000, opts: withENO(nil, AppendOffer(nil, 0, crypto.AllTEPs, Suboption{}))}
 	s.outer(again)
 	s.wantKinds(Reinject)
 	s.m.Gone(s.link.key(1, clientPort, 2, serverPort))

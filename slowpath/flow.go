@@ -15,6 +15,7 @@ const (
 	phasePlainSYN              // active: a copy of the SYN left without ENO
 	phaseListen                // passive: the inner stack has the SYN, without ENO
 	phaseAnswered              // passive: the SYN-ACK left with ENO
+	phaseCrossed               // active: the peer's SYN came in place of a SYN-ACK
 	phaseExchange              // both: encryption is on, Init messages are exchanged
 )
 
@@ -22,7 +23,8 @@ const (
 // first byte after the SYN.
 type flow struct {
 	key     packet.Key
-	active  bool // the local stack opened the connection, so its role is A
+	active  bool // the local stack opened the connection
+	policy  Policy
 	phase   phase
 	since   time.Duration
 	expires time.Duration // end of patience in this phase
@@ -34,6 +36,7 @@ type flow struct {
 	localENO      []byte // option that this side sent
 	tep           crypto.TEP
 	tepByte       byte // as host B sent it
+	aware         bool // the peer's a bit
 	ecnSYN, ecnOK bool
 	tsOK          bool
 	tsLocal       uint32
@@ -41,7 +44,9 @@ type flow struct {
 	outer, inner  packet.Template
 	innerWnd      int
 	release       []byte
-	synack        []byte // passive: the SYN-ACK as it left
+	synack        []byte // the SYN-ACK as it left
+	crossed       bool   // both SYNs crossed
+	early         []byte // crossed: the peer's SYN-ACK, which came before ours left
 	strayAck      uint32 // passive: acknowledgement of an older connection's socket
 	hasStray      bool
 
@@ -50,9 +55,17 @@ type flow struct {
 	rtt       time.Duration // 0 when not measured
 	limited   time.Duration // no challenge before
 
+	ticket *unused // active: proposed and burnt, passive: reserved
+	nonce  []byte  // ours in the resumption suboption
+	resume bool    // the negotiated suboption resumes with ticket
+	theirs []byte  // nonce of the peer, when it does
+
 	priv     *crypto.PrivateKey
-	init     []byte   // active: Init1
-	nonceA   [32]byte // active: N_A
+	job      *Job // has priv meanwhile
+	cipher   crypto.AEAD
+	init     []byte   // our Init message
+	nonceA   [32]byte // N_A
+	fin      []byte   // the peer's FIN, which came while the job ran
 	una, nxt int      // of init: acknowledged, sent
 	top      int      // of init: most that was ever sent
 	edge     int      // right edge of the peer's window
@@ -64,8 +77,10 @@ type flow struct {
 	heard    bool // a segment without SYN came: ENO options may stop (RFC 8547 section 4.6)
 }
 
+// role is the ENO role: B for a passive opener, and for the one host of a
+// simultaneous open that sets b = 1 (RFC 8547 section 4.3).
 func (f *flow) role() crypto.Role {
-	if f.active {
+	if f.active && !f.policy.PassiveRole {
 		return crypto.RoleA
 	}
 	return crypto.RoleB
@@ -267,7 +282,7 @@ func (m *Machine) resetOuter(f *flow) {
 func (m *Machine) resetInner(f *flow) {
 	m.count(countResets)
 	h := packet.Header{Flags: packet.RST | packet.ACK, Ack: f.iss + 1}
-	if !f.active {
+	if !f.active || f.crossed {
 		h = packet.Header{Flags: packet.RST, Seq: f.irs + 1}
 	}
 	m.emit(Action{Kind: SendInner, Key: f.key, Frame: compose(&f.inner, &h, nil)})

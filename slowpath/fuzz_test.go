@@ -20,6 +20,87 @@ type fuzzer struct {
 	links  []link
 	sealed map[packet.Key]bool // encryption was enabled
 	seen   map[packet.Key]*fuzzFlow
+	jobs   []*Job
+	peer   *Cache                          // of the peer, nil when nothing is resumed
+	named  map[packet.Key]Suboption        // newest resumption suboption that left
+	used   map[[crypto.ResumeLen]byte]bool // halves of the secrets that keys were made of
+}
+
+// newFuzzer makes a Machine whose configuration the bits of how choose.
+func newFuzzer(t *testing.T, how byte, teps ...crypto.TEP) *fuzzer {
+	z := &fuzzer{
+		t: t, links: []link{{}, {v6: true, vlan: 5}},
+		sealed: make(map[packet.Key]bool), seen: make(map[packet.Key]*fuzzFlow),
+		named: make(map[packet.Key]Suboption), used: make(map[[crypto.ResumeLen]byte]bool),
+	}
+	cfg := Config{TEPs: teps, MaxHalfOpen: 3}
+	p := Policy{PassiveRole: how&0x10 != 0}
+	if how&2 != 0 {
+		p.Verdict = Require
+	}
+	if how&0x20 != 0 {
+		p.AppAware = AppAwareMandatory
+	}
+	cfg.Policy = func(*packet.Key, packet.Direction) Policy { return p }
+	if how&8 != 0 {
+		cfg.Offload = func(crypto.TEP) bool { return true }
+	}
+	if how&4 != 0 {
+		cfg.Cache, z.peer = NewCache(0, 0), NewCache(0, 0)
+		cfg.ResumeNonce = int(how >> 6 & 1 * 8)
+		for i, l := range z.links {
+			for _, role := range []crypto.Role{crypto.RoleA, crypto.RoleB} {
+				secret := func() *crypto.Secret {
+					s := crypto.NewSession(role, crypto.AES128GCM, x25519, nil, nil, nil, []byte{byte(i), byte(role)}, []byte{1})
+					return s.NextSecret()
+				}
+				k, r := l.key(1, clientPort, 2, serverPort), l.key(2, serverPort, 1, clientPort)
+				cfg.Cache.add(&k, true, crypto.TEPX25519, crypto.AES128GCM, role, secret(), 0)
+				z.peer.add(&r, true, crypto.TEPX25519, crypto.AES128GCM, role.Peer(), secret(), 0)
+			}
+		}
+	}
+	z.m = New(cfg, seeded(1))
+	return z
+}
+
+// proposal is an ENO option that offers resumption, of a connection that the
+// peer opens.
+func (z *fuzzer) proposal(l link) []byte {
+	r := l.key(2, serverPort, 1, clientPort)
+	if z.peer == nil {
+		return option(x25519)
+	}
+	u := z.peer.propose(&r, func(crypto.TEP, crypto.AEAD) bool { return true }, z.now)
+	if u == nil {
+		return option(x25519)
+	}
+	return AppendOffer(nil, 0, []crypto.TEP{crypto.TEPX448}, u.suboption(make([]byte, z.byte()%9)))
+}
+
+// consent is an ENO option that agrees to the newest proposal of the Machine, if
+// there was one.
+func (z *fuzzer) consent(k packet.Key) []byte {
+	named, ok := z.named[k]
+	if !ok || z.peer == nil {
+		return option(1, x25519)
+	}
+	u := z.peer.reserve(named.Data[:crypto.ResumeLen], named.TEP, func(crypto.TEP, crypto.AEAD) bool { return true }, z.now)
+	if u == nil {
+		return option(1, x25519)
+	}
+	defer z.peer.restore(u)
+	return AppendAnswer(nil, enoA, u.suboption(make([]byte, z.byte()%9)))
+}
+
+// compute gives the oldest job back, run or not.
+func (z *fuzzer) compute(run bool) {
+	j := z.jobs[0]
+	z.jobs = z.jobs[1:]
+	if run {
+		j.Run()
+	}
+	z.check(z.m.Agreed(j, z.now))
 }
 
 // fuzzFlow is what a peer and an inner stack know of a connection.
@@ -45,6 +126,9 @@ var fuzzFlags = []uint8{
 // step makes one segment out of the script.
 func (z *fuzzer) step() {
 	op := z.byte()
+	if len(z.jobs) > 0 && z.byte()%4 == 0 {
+		z.compute(z.byte()%8 != 0)
+	}
 	if op >= 0xf0 {
 		z.now += time.Duration(op-0xef) * 150 * time.Millisecond
 		z.check(z.m.Tick(z.now))
@@ -81,8 +165,12 @@ func (z *fuzzer) step() {
 			x.seq = 1000 + near
 		}
 	}
-	switch z.byte() % 8 {
+	switch z.byte() % 10 {
 	case 0:
+	case 8:
+		x.opts = withENO(linuxSYN(1460, uint32(z.now/time.Millisecond), 1), z.proposal(l))
+	case 9:
+		x.opts = withENO(linuxSYN(1460, uint32(z.now/time.Millisecond), 1), z.consent(l.key(1, port, 2, serverPort)))
 	case 1:
 		x.opts = withENO(linuxSYN(1460, uint32(z.now/time.Millisecond), 1), option(1, x25519))
 	case 2:
@@ -144,13 +232,21 @@ func (z *fuzzer) advance(op byte) {
 	if op&1 == 0 {
 		give(packet.FromInner, local, iss, 0, packet.SYN, linuxSYN(1460, 1, 0), nil)
 		if steps > 0 {
-			give(packet.FromOuter, remote, irs, iss+1, packet.SYN|packet.ACK, withENO(linuxSYN(1460, 1, 1), option(1, x25519)), nil)
+			answer := option(1, x25519)
+			if z.byte()%2 == 0 {
+				answer = z.consent(l.key(1, local.sport, 2, serverPort))
+			}
+			give(packet.FromOuter, remote, irs, iss+1, packet.SYN|packet.ACK, withENO(linuxSYN(1460, 1, 1), answer), nil)
 		}
 		if steps > 1 {
 			give(packet.FromOuter, remote, irs+1, iss+1, packet.ACK, timestamps(1, 1), z.initMessage()[:20])
 		}
 	} else {
-		give(packet.FromOuter, remote, irs, 0, packet.SYN, withENO(linuxSYN(1460, 1, 0), option(x25519)), nil)
+		offer := option(x25519)
+		if z.byte()%2 == 0 {
+			offer = z.proposal(l)
+		}
+		give(packet.FromOuter, remote, irs, 0, packet.SYN, withENO(linuxSYN(1460, 1, 0), offer), nil)
 		if steps > 0 {
 			give(packet.FromInner, local, iss, irs+1, packet.SYN|packet.ACK, linuxSYN(1460, 1, 1), nil)
 		}
@@ -193,6 +289,7 @@ func (z *fuzzer) check(acts []Action) {
 			}
 			if a.Kind == SendOuter {
 				f.outSeq, f.outAck = p.Seq, p.Ack
+				z.names(p)
 				if p.Flags&packet.SYN == 0 && p.Len() > 0 && z.sealed[p.Key] && bytes.Contains(p.Payload(), []byte("PP")) {
 					t.Fatal("plaintext of an encrypted flow went out")
 				}
@@ -221,9 +318,19 @@ func (z *fuzzer) check(acts []Action) {
 				z.sealed[a.Info.Key] = false
 			}
 		case Install:
-			if !z.sealed[a.Key] || a.Est == nil || a.Est.Session == nil {
+			if a.Est == nil || a.Est.Session == nil || !z.sealed[a.Key] && !a.Est.Resumed {
 				t.Fatal("installed without negotiation")
 			}
+			if a.Est.Resumed {
+				half := [crypto.ResumeLen]byte(z.named[a.Key].Data)
+				if z.used[half] {
+					t.Fatal("a secret was used twice")
+				}
+				z.used[half] = true
+			}
+			z.sealed[a.Key] = true
+		case Agree:
+			z.jobs = append(z.jobs, a.Job)
 		}
 	}
 	m := z.m
@@ -249,6 +356,29 @@ func (z *fuzzer) check(acts []Action) {
 	}
 }
 
+// names notes the resumption suboption of a SYN or SYN-ACK that leaves: none may
+// name a secret that was used.
+func (z *fuzzer) names(p *packet.Segment) {
+	if p.Flags&packet.SYN == 0 {
+		return
+	}
+	o := readSYNOptions(p.Options())
+	e, err := ParseENO(o.option())
+	if o.enos == 0 || err != nil {
+		return
+	}
+	for _, s := range e.Subs {
+		if !isResumption(s) {
+			continue
+		}
+		if z.used[[crypto.ResumeLen]byte(s.Data)] {
+			z.t.Fatal("a used secret was named again")
+		}
+		s.Data = bytes.Clone(s.Data)
+		z.named[p.Key] = s
+	}
+}
+
 // fresh reports whether a report is of a connection that began just now.
 func (z *fuzzer) fresh(i Info) bool { return i.Since == z.m.now }
 
@@ -268,16 +398,17 @@ func FuzzInput(f *testing.F) {
 		if len(script) > 4000 {
 			return
 		}
-		cfg := Config{TEPs: []crypto.TEP{crypto.TEPX25519, crypto.TEPX448}, MaxHalfOpen: 3}
-		if len(script) > 0 && script[0]&2 != 0 {
-			cfg.Require = true
+		how := byte(0)
+		if len(script) > 0 {
+			how = script[0]
 		}
-		z := &fuzzer{
-			t: t, m: New(cfg, seeded(1)), script: script, links: []link{{}, {v6: true, vlan: 5}},
-			sealed: make(map[packet.Key]bool), seen: make(map[packet.Key]*fuzzFlow),
-		}
+		z := newFuzzer(t, how, crypto.TEPX25519, crypto.TEPX448)
+		z.script = script
 		for len(z.script) > 0 {
 			z.step()
+		}
+		for len(z.jobs) > 0 {
+			z.compute(true)
 		}
 		for range 200 {
 			at, ok := z.m.Deadline()
@@ -299,10 +430,7 @@ func TestRandomInput(t *testing.T) {
 	reached, counters := map[State]int{}, map[string]uint64{}
 	for seed := range uint64(400) {
 		r := seeded(500 + seed)
-		z := &fuzzer{
-			t: t, m: New(Config{TEPs: []crypto.TEP{crypto.TEPX25519}, MaxHalfOpen: 3}, seeded(1)), links: []link{{}, {v6: true}},
-			sealed: make(map[packet.Key]bool), seen: make(map[packet.Key]*fuzzFlow),
-		}
+		z := newFuzzer(t, byte(seed)&^0x32, crypto.TEPX25519)
 		for range 60 {
 			z.script = make([]byte, 24)
 			if _, err := r.Read(z.script); err != nil {
@@ -316,10 +444,13 @@ func TestRandomInput(t *testing.T) {
 		for name, n := range z.m.Counters() {
 			counters[name] += n
 		}
+		for len(z.jobs) > 0 {
+			z.compute(true)
+		}
 		// The Machine is not stuck.
 		z.handshake()
 	}
-	if reached[StateNegotiating] == 0 || reached[StateOffered] == 0 || counters[countEncrypted] == 0 {
+	if reached[StateNegotiating] == 0 || reached[StateOffered] == 0 || counters[countEncrypted] == 0 || counters[countResumed] == 0 || counters[countProposed] == 0 {
 		t.Errorf("reached %v, %v", reached, counters)
 	}
 }
@@ -331,8 +462,17 @@ func (z *fuzzer) handshake() {
 		z.check(z.m.Tick(z.now))
 	}
 	s := &script{t: z.t, m: z.m, now: z.now}
-	s.active(crypto.TEPX25519)
+	s.connect()
+	s.peerENO = AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519})
+	s.outer(synack(s.peerENO))
+	if z.m.cfg.Offload != nil {
+		s.compute()
+	}
+	s.localInit = s.payload()
 	msg := s.init2(crypto.TEPX25519, nil)
 	s.outer(s.data(0, len(s.localInit), msg))
+	if z.m.cfg.Offload != nil {
+		s.compute()
+	}
 	s.wantSession(s.installed(), msg)
 }

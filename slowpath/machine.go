@@ -56,13 +56,15 @@ type Machine struct {
 	peers  peerMemory
 	p521   bucket
 
+	wanting []*flow // for which Ahead may make keys
+
 	rxHeld int // bytes in the reassembly buffers of all flows
 	counts map[string]uint64
 }
 
 // New returns a Machine for the given policy; zero fields of cfg get their
 // defaults, nil TEPs and AEADs are all that exist. random is the source of
-// nonces and private keys, read only inside Input.
+// nonces and private keys, read only inside Input and Ahead.
 func New(cfg Config, random io.Reader) *Machine {
 	if cfg.TEPs == nil {
 		cfg.TEPs = crypto.AllTEPs
@@ -208,6 +210,10 @@ const (
 	countOffered     = "offered"            // SYNs that left with ENO for the first time
 	countAnswered    = "answered"           // SYN-ACKs that left with ENO for the first time
 	countEncrypted   = "encrypted"          // flows given to the fast path
+	countProposed    = "resume_proposed"    // SYNs that left with a resumption suboption for the first time
+	countResumed     = "resumed"            // encrypted flows that resumed a session
+	countRefused     = "resume_refused"     // proposals that the peer answered with a fresh exchange
+	countUnknown     = "resume_unknown"     // proposals of peers that name no unused secret
 	countPlain       = "plain"              // flows that became or stayed plain
 	countFailed      = "failed"             // flows that ended in the handshake
 	countRetransmits = "retransmits"        // Init segments sent again by the timer
@@ -282,6 +288,24 @@ func (m *Machine) remove(f *flow) {
 		f.priv.Erase()
 		f.priv = nil
 	}
+	f.job = nil
+	switch t := f.ticket; {
+	case t == nil:
+	case f.active:
+		// Proposed is used (RFC 8548 section 3.5).
+		t.secret.Erase()
+	default:
+		m.cfg.Cache.restore(t)
+	}
+	f.ticket = nil
+}
+
+// policy returns the policy for a flow whose SYN came from dir.
+func (m *Machine) policy(k *packet.Key, dir packet.Direction) Policy {
+	if m.cfg.Policy == nil {
+		return Policy{}
+	}
+	return m.cfg.Policy(k, dir)
 }
 
 // bury ends a half-open flow and leaves a tombstone.
@@ -289,7 +313,7 @@ func (m *Machine) bury(f *flow, how fate) {
 	m.remove(f)
 	m.entomb(&tomb{
 		key: f.key, fate: how, iss: f.iss, irs: f.irs,
-		hasISS: f.active || f.phase >= phaseAnswered, hasIRS: !f.active || f.phase >= phaseExchange,
+		hasISS: f.active || f.phase >= phaseAnswered, hasIRS: !f.active || f.phase >= phaseCrossed,
 	})
 }
 
@@ -381,7 +405,7 @@ func (m *Machine) plainSYN(s *packet.Segment, dir packet.Direction, reason strin
 	if dir == packet.FromOuter {
 		info.Role = crypto.RoleB
 	}
-	if m.cfg.Require && reason != ReasonPolicy {
+	if m.policy(&s.Key, dir).Verdict == Require {
 		m.count(countResets)
 		m.answer(s.Key, dir, reset(s, dir))
 		m.report(info, StateFailed, ReasonRequired)
@@ -405,7 +429,7 @@ func (m *Machine) plainSYN(s *packet.Segment, dir packet.Direction, reason strin
 // decided is passed on after the tombstone stands and before the diversion
 // goes (T17).
 func (m *Machine) toPlain(f *flow, s *packet.Segment, dir packet.Direction, reason string) {
-	if m.cfg.Require {
+	if f.policy.Verdict == Require {
 		m.abort(f, ReasonRequired)
 		return
 	}
@@ -444,7 +468,7 @@ func (m *Machine) expire(f *flow) {
 			m.remember(f)
 		}
 		m.abort(f, ReasonTimeout)
-	case phaseAnswered:
+	case phaseAnswered, phaseCrossed:
 		// The inner stack may still wait for the final ACK, and must not
 		// take a late one for that of a plain connection.
 		m.abort(f, ReasonNoAnswer)

@@ -168,7 +168,7 @@ func TestPassivePlain(t *testing.T) {
 		{"MPTCP", Config{}, withENO([]byte{30, 4, 0, 0}, offer), ReasonOptionConflict},
 		{"TCP-MD5", Config{}, withENO(append([]byte{19, 18}, make([]byte, 16)...), offer), ReasonOptionConflict},
 		{"TCP-AO", Config{}, withENO([]byte{29, 4, 0, 0}, offer), ReasonOptionConflict},
-		{"policy", Config{Ports: func(l, r uint16) bool { return l != clientPort && r != serverPort }}, withENO(syn, offer), ReasonPolicy},
+		{"policy", Config{Policy: plainIf(func(k *packet.Key) bool { return k.LPort == clientPort || k.RPort == serverPort })}, withENO(syn, offer), ReasonPolicy},
 		{"no ENO", Config{}, syn, ReasonPeerNoENO},
 		{"no room for an MSS option", Config{}, append(append([]byte{254, 37, 0, 0}, make([]byte, 33)...), 69, 3, x25519), ReasonNoRoom},
 	} {
@@ -210,7 +210,7 @@ func TestNotEligible(t *testing.T) {
 		data   string
 		reason string
 	}{
-		{"policy", Config{Ports: func(l, r uint16) bool { return l == serverPort || r == clientPort }}, syn, "", ReasonPolicy},
+		{"policy", Config{Policy: plainIf(func(k *packet.Key) bool { return k.LPort != serverPort && k.RPort != clientPort })}, syn, "", ReasonPolicy},
 		{"data", Config{}, syn, "x", ReasonSYNData},
 		{"Fast Open cookie", Config{}, withENO(syn, []byte{34, 6, 1, 2, 3, 4}), "", ReasonOptionConflict},
 		{"Fast Open request", Config{}, withENO(syn, []byte{34, 2}), "", ReasonOptionConflict},
@@ -240,7 +240,7 @@ func TestNotEligible(t *testing.T) {
 
 // With --require nothing plain passes, except by policy.
 func TestRequire(t *testing.T) {
-	r := Config{Require: true}
+	r := Config{Policy: required}
 	t.Run("not eligible", func(t *testing.T) {
 		s := newScript(t, r)
 		s.inner(tcp{seq: localISS, flags: packet.SYN, wnd: 64240, opts: linuxSYN(1460, 1, 0), data: []byte("x")})
@@ -291,7 +291,7 @@ func TestRequire(t *testing.T) {
 		s.wantReport(StateFailed, ReasonRequired)
 	})
 	t.Run("policy", func(t *testing.T) {
-		s := newScript(t, Config{Require: true, Ports: func(uint16, uint16) bool { return false }})
+		s := newScript(t, Config{Policy: plainIf(func(*packet.Key) bool { return true })})
 		s.inner(tcp{seq: localISS, flags: packet.SYN, wnd: 64240})
 		s.wantKinds(SendOuter)
 	})
@@ -345,7 +345,7 @@ func TestLateAnswer(t *testing.T) {
 		s.connect()
 		s.tick(time.Second)
 	}
-	s.outer(synack(AppendAnswer(nil, crypto.TEPX25519)))
+	s.outer(synack(AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519})))
 	s.wantKinds(SendInner, Undivert)
 	if in := s.one(SendInner); hasENO(in.Options()) {
 		t.Error("ENO shown to the inner stack")
@@ -893,6 +893,6 @@ func TestNoRandomness(t *testing.T) {
 	s := newScript(t, Config{})
 	s.m = New(Config{}, bytes.NewReader(make([]byte, 40)))
 	s.connect()
-	s.outer(synack(AppendAnswer(nil, crypto.TEPX25519)))
+	s.outer(synack(AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519})))
 	s.wantReport(StateFailed, ReasonNoRandom)
 }

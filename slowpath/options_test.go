@@ -76,7 +76,7 @@ func FuzzOptions(f *testing.F) {
 		opts = opts[:min(len(opts), packet.MaxOptions)&^3]
 		edit := optionEdit{mss: int(mss), tfo: tfo}
 		if add {
-			edit.eno = AppendOffer(nil, nil)
+			edit.eno = AppendOffer(nil, 0, nil, Suboption{})
 		}
 		before := readSYNOptions(opts)
 		got, ok := edit.apply(opts)

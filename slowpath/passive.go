@@ -12,26 +12,21 @@ import (
 // accept considers a SYN from the wire. The inner stack never sees its ENO
 // option, and no data of a SYN that carries one (RFC 8547 section 4.7).
 func (m *Machine) accept(s *packet.Segment) {
-	o := readSYNOptions(s.Options())
-	tep, reason := m.acceptable(s, &o)
-	var opts []byte
+	f := &flow{
+		key: s.Key, policy: m.policy(&s.Key, packet.FromOuter), phase: phaseListen, since: m.now, expires: m.now + offerIdle,
+		irs: s.Seq, remote: readSYNOptions(s.Options()), tsRemote: s.TSval,
+	}
+	opts, ok := m.inwardSYN(s, &f.remote).apply(s.Options())
+	offer, reason := m.acceptable(f)
+	if reason == "" && !ok {
+		reason = ReasonNoRoom
+	}
 	if reason == "" {
-		var ok bool
-		if opts, ok = m.inwardSYN(s, &o).apply(s.Options()); !ok {
-			reason = ReasonNoRoom
-		}
+		reason = m.makeAnswer(f, &offer)
 	}
 	if reason != "" {
 		m.plainSYN(s, packet.FromOuter, reason)
 		return
-	}
-	if tep == crypto.TEPP521 {
-		m.p521.tokens--
-	}
-	f := &flow{
-		key: s.Key, phase: phaseListen, since: m.now, expires: m.now + offerIdle,
-		irs: s.Seq, remote: o, tep: tep, tepByte: byte(tep), localENO: AppendAnswer(nil, tep),
-		tsRemote: s.TSval,
 	}
 	f.inner.Learn(s)
 	learnReverse(&f.outer, s, packet.FromOuter)
@@ -50,36 +45,90 @@ func (m *Machine) sendInward(f *flow, s *packet.Segment, opts []byte) {
 	m.send(f.key, packet.FromOuter, rewriteSYN(s, opts))
 }
 
-// acceptable returns the TEP to answer with, or why ENO is disabled (RFC 8547
+// acceptable returns what the peer offers, or why ENO is disabled (RFC 8547
 // sections 4.1, 4.4 to 4.6).
-func (m *Machine) acceptable(s *packet.Segment, o *synOptions) (tep crypto.TEP, reason string) {
+func (m *Machine) acceptable(f *flow) (offer ENO, reason string) {
 	switch {
-	case m.cfg.Ports != nil && !m.cfg.Ports(s.Key.LPort, s.Key.RPort):
-		return 0, ReasonPolicy
-	case o.enos == 0:
-		return 0, ReasonPeerNoENO
-	case o.enos > 1:
-		return 0, ReasonDuplicateENO
-	case o.conflict:
-		return 0, ReasonOptionConflict
+	case f.policy.Verdict == Plain:
+		return offer, ReasonPolicy
+	case f.remote.enos == 0:
+		return offer, ReasonPeerNoENO
+	case f.remote.enos > 1:
+		return offer, ReasonDuplicateENO
+	case f.remote.conflict:
+		return offer, ReasonOptionConflict
 	}
-	offer, err := ParseENO(o.option())
+	offer, err := ParseENO(f.remote.option())
 	if err != nil {
-		return 0, ReasonIllFormed
+		return offer, ReasonIllFormed
 	}
-	if tep, reason = ChooseTEP(&offer, m.cfg.TEPs); reason != "" {
-		return 0, reason
+	f.aware = offer.AppAware()
+	if _, reason = ChooseTEP(&offer, m.cfg.TEPs); reason != "" {
+		return offer, reason
 	}
-	if len(m.flows) >= m.cfg.MaxHalfOpen {
-		return 0, ReasonLimit
+	switch {
+	case f.policy.AppAware == AppAwareMandatory && !f.aware:
+		return offer, ReasonNotAppAware
+	case len(m.flows) >= m.cfg.MaxHalfOpen:
+		return offer, ReasonLimit
 	}
+	return offer, ""
+}
+
+// makeAnswer makes the flow's ENO option: resumption, which wins over the order
+// of preference, or else fresh key agreement (decision 6).
+func (m *Machine) makeAnswer(f *flow, offer *ENO) (reason string) {
+	if m.cfg.Cache == nil || f.policy.NoResume {
+		return m.answerFresh(f, offer)
+	}
+	for _, s := range offer.Subs {
+		if _, once := offer.offer(s.TEP); !once || !isResumption(s) {
+			continue
+		}
+		t := m.cfg.Cache.reserve(s.Data[:crypto.ResumeLen], s.TEP, m.usable, m.now)
+		if t == nil {
+			m.count(countUnknown)
+			continue
+		}
+		nonce, err := m.resumeNonce()
+		if err != nil {
+			m.cfg.Cache.restore(t)
+			return ReasonNoRandom
+		}
+		f.ticket, f.resume, f.nonce, f.theirs = t, true, nonce, slices.Clone(s.Data[crypto.ResumeLen:])
+		m.answerWith(f, t.suboption(nonce))
+		return ""
+	}
+	return m.answerFresh(f, offer)
+}
+
+// answerFresh makes the ENO option that asks for a fresh key exchange.
+func (m *Machine) answerFresh(f *flow, offer *ENO) (reason string) {
+	if f.ticket != nil {
+		m.cfg.Cache.restore(f.ticket)
+		f.ticket, f.nonce, f.theirs, f.resume = nil, nil, nil, false
+	}
+	tep, reason := ChooseTEP(offer, m.cfg.TEPs)
 	if tep == crypto.TEPP521 && !m.p521.has(m.now) {
 		cheap := slices.DeleteFunc(slices.Clone(m.cfg.TEPs), func(t crypto.TEP) bool { return t == crypto.TEPP521 })
-		if tep, reason = ChooseTEP(&offer, cheap); reason != "" {
-			return 0, ReasonLimit
+		if tep, reason = ChooseTEP(offer, cheap); reason != "" {
+			return ReasonLimit
 		}
 	}
-	return tep, ""
+	if reason != "" {
+		return reason
+	}
+	if tep == crypto.TEPP521 {
+		m.p521.tokens--
+	}
+	m.answerWith(f, Suboption{TEP: tep})
+	return ""
+}
+
+// answerWith makes the ENO option that chooses sub.
+func (m *Machine) answerWith(f *flow, sub Suboption) {
+	f.tep, f.tepByte = sub.TEP, sub.Byte()
+	f.localENO = AppendAnswer(nil, f.policy.aware(), sub)
 }
 
 // passiveInner takes a segment of the inner stack of a passive opener.
@@ -117,11 +166,20 @@ func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
 	f.tsOK = f.local.ts && f.remote.ts
 	f.ecnOK = f.ecnSYN && s.Flags&(packet.ECE|packet.CWR) == packet.ECE
 	f.phase = phaseAnswered
-	if !m.recordSYNACK(f, s) {
+	ok := m.recordSYNACK(f, s)
+	if !ok && f.resume {
+		if offer, err := ParseENO(f.remote.option()); err == nil && m.answerFresh(f, &offer) == "" {
+			ok = m.recordSYNACK(f, s)
+		}
+	}
+	if !ok {
 		m.toPlain(f, s, packet.FromInner, ReasonNoRoom)
 		return
 	}
 	m.count(countAnswered)
+	if !f.resume {
+		m.want(f, f.tep)
+	}
 	m.resendSYNACK(f)
 	f.expires = m.now + answerIdle
 }
@@ -248,12 +306,21 @@ func (m *Machine) answeredOuter(f *flow, s *packet.Segment) {
 		m.toPlain(f, s, packet.FromOuter, ReasonNoENOInAck)
 		return
 	}
-	f.phase = phaseExchange
 	f.release = m.finalAck(f, s)
 	f.edge = f.scaled(s.Wnd)
 	m.startExchange(f)
-	m.report(f.info(), StateNegotiating, "")
-	m.exchange(f, s)
+	m.begun(f, s)
+}
+
+// begun takes the segment that turned encryption on: it may bring the first
+// bytes of the peer's stream.
+func (m *Machine) begun(f *flow, s *packet.Segment) {
+	switch {
+	case m.flows[f.key] == f:
+		m.exchange(f, s)
+	case f.resume && s.Flags&packet.SYN == 0:
+		m.emit(Action{Kind: Reinject, Dir: packet.FromOuter, Key: f.key, Frame: bytes.Clone(s.Frame)})
+	}
 }
 
 // finalAck makes the pure ACK that ends the inner handshake out of the first
@@ -269,6 +336,10 @@ func (m *Machine) finalAck(f *flow, s *packet.Segment) []byte {
 	binary.BigEndian.PutUint32(t[tcpSeq:], f.irs+1)
 	t[tcpOffset] &= 0xf0
 	t[tcpFlags] = packet.ACK
+	if s.Flags&packet.SYN != 0 && f.local.hasWS && f.remote.hasWS {
+		// That of a SYN is never scaled.
+		binary.BigEndian.PutUint16(t[tcpWindow:], s.Wnd>>f.remote.wscale)
+	}
 	binary.BigEndian.PutUint16(t[18:], 0)
 	return b
 }

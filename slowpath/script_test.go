@@ -152,7 +152,7 @@ func synack(eno []byte) tcp {
 func (s *script) active(tep crypto.TEP) {
 	s.t.Helper()
 	s.connect()
-	s.peerENO = AppendAnswer(nil, tep)
+	s.peerENO = AppendAnswer(nil, 0, Suboption{TEP: tep})
 	s.outer(synack(s.peerENO))
 	s.localInit = s.payload()
 	n, err := crypto.InitLen(s.localInit, crypto.Init1Magic)
@@ -198,7 +198,7 @@ func timestamps(val, ecr uint32) []byte {
 // listening begins a passive open with a SYN that offers teps.
 func (s *script) listening(teps ...crypto.TEP) {
 	s.t.Helper()
-	s.peerENO = AppendOffer(nil, teps)
+	s.peerENO = AppendOffer(nil, 0, teps, Suboption{})
 	s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: withENO(linuxSYN(1400, 21, 0), s.peerENO)})
 }
 
@@ -292,5 +292,18 @@ func (s *script) wantSession(e *Established, peerMsg []byte) {
 	}
 	if want.ID() != e.Session.ID() {
 		s.t.Fatal("session ID differs from the peer's")
+	}
+}
+
+// required is the policy of --require.
+func required(*packet.Key, packet.Direction) Policy { return Policy{Verdict: Require} }
+
+// plainIf leaves the flows alone that is selects.
+func plainIf(is func(*packet.Key) bool) func(*packet.Key, packet.Direction) Policy {
+	return func(k *packet.Key, _ packet.Direction) (p Policy) {
+		if is(k) {
+			p.Verdict = Plain
+		}
+		return p
 	}
 }

@@ -146,6 +146,7 @@ type sim struct {
 	// undivertDelay is how long a diversion outlives its end, so that
 	// stragglers come to the Machine.
 	undivertDelay time.Duration
+	computing     time.Duration // how long a Job takes
 	a, b          *simHost
 	wired         int
 	// wire decides the fate of the n-th frame; nil delivers all.
@@ -263,6 +264,12 @@ func (h *simHost) do(acts []Action) {
 			h.fast.input(a.Dir, a.Frame)
 		case Report:
 			h.reports = append(h.reports, a.Info)
+		case Agree:
+			h.s.at(h.s.computing, func() {
+				a.Job.Run()
+				h.do(h.m.Agreed(a.Job, h.s.now))
+				h.arm()
+			})
 		}
 	}
 }
@@ -342,6 +349,7 @@ type simFast struct {
 	h       *simHost
 	rx, una int
 	leaks   int // segments with data of the inner stack
+	heard   bool
 }
 
 func (q *simFast) install(h *simHost) {
@@ -369,6 +377,9 @@ func (q *simFast) send(off int, data []byte) {
 		h.Opts = binary.BigEndian.AppendUint32(h.Opts, e.TSLocal)
 		h.Opts = binary.BigEndian.AppendUint32(h.Opts, e.TSRemote)
 	}
+	if e.Unheard && !q.heard {
+		h.Opts = append(h.Opts, packet.OptENO, 2, packet.OptNOP, packet.OptNOP)
+	}
 	q.h.toWire(compose(&e.OuterTmpl, &h, data))
 }
 
@@ -383,6 +394,7 @@ func (q *simFast) input(dir packet.Direction, f []byte) {
 		}
 		return
 	}
+	q.heard = q.heard || p.Flags&packet.SYN == 0
 	if p.Flags&packet.ACK != 0 {
 		if n := int(packet.SeqDiff(p.Ack, e.ISS+1)); n > q.una && n <= len(e.TxInit) {
 			q.una = n
@@ -632,10 +644,13 @@ func (m *Machine) halfOpen() int {
 func (s *sim) agree() {
 	s.t.Helper()
 	a, b := s.a.est, s.b.est
+	if b.Role == crypto.RoleA {
+		a, b = b, a
+	}
 	switch {
 	case a.Session.ID() != b.Session.ID():
 		s.t.Errorf("session IDs differ")
-	case a.Role != crypto.RoleA || b.Role != crypto.RoleB || !a.Active || b.Active:
+	case a.Role != crypto.RoleA || b.Role != crypto.RoleB || !a.Active:
 		s.t.Errorf("roles %v, %v", a.Role, b.Role)
 	case a.ISS != b.IRS || a.IRS != b.ISS:
 		s.t.Errorf("initial sequence numbers differ")

@@ -153,7 +153,7 @@ func TestOddPeers(t *testing.T) {
 		for _, v6 := range []bool{false, true} {
 			name := map[bool]string{true: "active", false: "passive"}[active] + "/" + map[bool]string{true: "IPv6", false: "IPv4"}[v6]
 			t.Run(name, func(t *testing.T) {
-				b := newOddBed(t, "--teps", "x25519,x448,p256,p521")
+				b := newOddBed(t, "--no-resume", "--teps", "x25519,x448,p256,p521")
 				for _, c := range cases {
 					t.Run(c.name, func(t *testing.T) {
 						app, pc, err := b.pair(active, v6, c.cfg)

@@ -100,9 +100,10 @@ func newBenchWire() *cobra.Command {
 		if err != nil {
 			return failure{err}
 		}
-		plain := rows[0].CPUPerGB
-		return emit(cmd.OutOrStdout(), *asJSON, rows, "variant\tstreams\tGb/s\tCPU s/GB\t/ plain\trtt p50 us\trtt p99 us\tconn/s\tconnect p50 us", func(r *bench.WireRow) string {
-			return fmt.Sprintf("%s\t%d\t%.2f\t%.3f\t%.1f\t%.0f\t%.0f\t%.0f\t%.0f", r.Variant, r.Streams, r.Gbps, r.CPUPerGB, r.CPUPerGB/plain, r.RTTp50, r.RTTp99, r.ConnPerS, r.Connect50)
+		plain := &rows[0]
+		return emit(cmd.OutOrStdout(), *asJSON, rows, "variant\tstreams\tGb/s\tCPU s/GB\t/ plain\trtt p50 us\trtt p99 us\tconn/s\tconnect p50 us\tat 1 ms rtt\tresumed", func(r *bench.WireRow) string {
+			return fmt.Sprintf("%s\t%d\t%.2f\t%.3f\t%.1f\t%.0f\t%.0f\t%.0f\t%.0f (%.2fx)\t%.0f (%.2fx)\t%t", r.Variant, r.Streams, r.Gbps, r.CPUPerGB, r.CPUPerGB/plain.CPUPerGB,
+				r.RTTp50, r.RTTp99, r.ConnPerS, r.Connect50, r.Connect50/plain.Connect50, r.Connect1m, r.Connect1m/plain.Connect1m, r.Resumed)
 		})
 	}
 	return cmd

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
 )
 
 // query is a command that asks the daemon one thing.
@@ -133,6 +134,103 @@ one: comparing them over an authenticated channel rules out an active attacker.`
 	}
 	q.flags(cmd)
 	return cmd
+}
+
+func newRekeyCommand() *cobra.Command {
+	q := &query{}
+	cmd := &cobra.Command{
+		Use:   "rekey [LOCAL REMOTE]",
+		Short: "Change the traffic keys of encrypted connections",
+		Long: `Rekey has the connection between two address:port pairs, or every connection,
+change its traffic keys in both directions (RFC 8548 section 3.8). Connections
+that are changing them already are left alone.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 0 && len(args) != 2 {
+				return fmt.Errorf("rekey takes LOCAL and REMOTE, or nothing")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req := request{Method: "rekey"}
+			if len(args) == 2 {
+				if _, _, err := parseEndpoints(args[0], args[1]); err != nil {
+					return err
+				}
+				req.Local, req.Remote = args[0], args[1]
+			}
+			return ask(q, cmd.OutOrStdout(), req, func(w io.Writer, c count) {
+				fmt.Fprintf(w, "rekeying begun on %d connections\n", c.Count)
+			})
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}
+
+func newCacheCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "cache list|flush",
+		Short: "Show or erase the sessions that later connections may resume",
+		Args:  exactArgs(),
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Usage() },
+	}
+	cmd.AddCommand(newCacheListCommand(), newCacheFlushCommand())
+	return cmd
+}
+
+func newCacheListCommand() *cobra.Command {
+	q := &query{}
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List the cached sessions",
+		Args:  exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return ask(q, cmd.OutOrStdout(), request{Method: "cache"}, printCache)
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}
+
+func newCacheFlushCommand() *cobra.Command {
+	q := &query{}
+	cmd := &cobra.Command{
+		Use:   "flush [PEER]",
+		Short: "Erase the cached sessions of a peer address, or all of them",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return fmt.Errorf("flush takes one PEER, or nothing")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req := request{Method: "cache-flush"}
+			if len(args) == 1 {
+				if _, err := parsePeer(args[0]); err != nil {
+					return err
+				}
+				req.Peer = args[0]
+			}
+			return ask(q, cmd.OutOrStdout(), req, func(w io.Writer, c count) {
+				fmt.Fprintf(w, "%d sessions erased\n", c.Count)
+			})
+		},
+	}
+	q.flags(cmd)
+	return cmd
+}
+
+func printCache(w io.Writer, entries []slowpath.CacheEntry) {
+	table(w, func(w io.Writer) {
+		fmt.Fprintln(w, "PEER\tPORT\tTEP\tAEAD\tROLE\tNEXT\tAGE\tEXPIRES")
+		for _, e := range entries {
+			port := "-"
+			if e.Port != 0 {
+				port = strconv.Itoa(int(e.Port))
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%v\t%v\n", e.Peer, port, e.TEP, e.AEAD, e.Role, e.Next, seconds(e.Age), seconds(e.Expires))
+		}
+	})
 }
 
 // table aligns lines of cells that are separated by tabs.

@@ -27,21 +27,28 @@ const maxIndex = 4095
 // settings are the flags of `run`, which are the keys of its configuration
 // file as well.
 type settings struct {
-	iface     string
-	inner     string
-	mode      choice
-	queues    list[int]
-	cpus      list[int]
-	ports     list[fastpath.PortRange]
-	exclude   list[fastpath.PortRange]
-	teps      list[crypto.TEP]
-	aeads     list[crypto.AEAD]
-	noResume  bool
-	require   bool
-	control   string
-	metrics   string
-	logFormat choice
-	drain     time.Duration
+	iface    string
+	inner    string
+	mode     choice
+	queues   list[int]
+	cpus     list[int]
+	ports    list[fastpath.PortRange]
+	exclude  list[fastpath.PortRange]
+	teps     list[crypto.TEP]
+	aeads    list[crypto.AEAD]
+	noResume bool
+	require  bool
+
+	resumeNonce  int
+	rekeyBytes   size
+	rekeyFrames  size
+	rekeyEvery   time.Duration
+	tcpKeepalive bool
+	rules        []fastpath.Rule // of the file only
+	control      string
+	metrics      string
+	logFormat    choice
+	drain        time.Duration
 }
 
 func newSettings() *settings {
@@ -74,6 +81,11 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.Var(&s.teps, "teps", "key agreement, in order of preference")
 	fs.Var(&s.aeads, "aeads", "ciphers, in order of preference")
 	fs.BoolVar(&s.noResume, "no-resume", false, "do not resume sessions")
+	fs.IntVar(&s.resumeNonce, "resume-nonce", crypto.MaxResumeNonce, "length of resumption nonces in bytes, 0 to 8; less than 8 only where memory is never cloned or restored")
+	fs.Var(&s.rekeyBytes, "rekey-bytes", "change a key after it sealed so much data, like 1M or 64G")
+	fs.Var(&s.rekeyFrames, "rekey-frames", "change a key after it sealed so many frames (default by cipher)")
+	fs.DurationVar(&s.rekeyEvery, "rekey-every", 0, "change a key that has been used so long (default never)")
+	fs.BoolVar(&s.tcpKeepalive, "tcp-keepalive", false, "relay TCP keep-alives as they are, instead of asking the peer for an authenticated answer")
 	fs.BoolVar(&s.require, "require", false, "refuse connections that would stay plain")
 	fs.StringVar(&s.control, "control", defaultControl, "`PATH` of the control socket; needed where several daemons run")
 	fs.StringVar(&s.metrics, "metrics", "", "serve Prometheus metrics at `ADDR`, like 127.0.0.1:9433")
@@ -95,6 +107,10 @@ func (s *settings) check() error {
 		return errors.New("interface is not set: give --interface, or the key interface in the --config file")
 	case s.control == "":
 		return errors.New("control is empty: it must be the path of a socket")
+	case s.resumeNonce < 0 || s.resumeNonce > crypto.MaxResumeNonce:
+		return fmt.Errorf("resume-nonce: %d is not between 0 and %d", s.resumeNonce, crypto.MaxResumeNonce)
+	case s.rekeyEvery < 0:
+		return fmt.Errorf("rekey-every: %v is negative", s.rekeyEvery)
 	case s.drain < 0:
 		return fmt.Errorf("drain-timeout: %v is negative", s.drain)
 	}
@@ -113,13 +129,18 @@ func (s *settings) hostConfig(log *slog.Logger) fastpath.HostConfig {
 		AEADs:     s.aeads.items,
 		NoResume:  s.noResume,
 		Require:   s.require,
-		Log:       log,
+
+		ResumeNonce: s.resumeNonce,
+		RekeyBytes:  uint64(s.rekeyBytes), RekeyFrames: uint64(s.rekeyFrames), RekeyEvery: s.rekeyEvery,
+		TCPKeepalive: s.tcpKeepalive,
+		Rules:        s.rules,
+		Log:          log,
 	}
 }
 
 // applyFile sets every flag of fs that was not given on the command line from
-// the key of the same name in the TOML file at path.
-func applyFile(fs *pflag.FlagSet, path string) error {
+// the key of the same name in the TOML file at path, and takes the file's rules.
+func (s *settings) applyFile(fs *pflag.FlagSet, path string) error {
 	text, err := os.ReadFile(path)
 	if err != nil {
 		return fmt.Errorf("config: %w", pathError(err, path))
@@ -132,12 +153,18 @@ func applyFile(fs *pflag.FlagSet, path string) error {
 		}
 		return fmt.Errorf("%s: %w", path, err)
 	}
+	if s.rules, err = parseRules(text); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
 	names := make([]string, 0, len(keys))
 	for name := range keys {
 		names = append(names, name)
 	}
 	slices.Sort(names)
 	for _, name := range names {
+		if name == rulesKey {
+			continue
+		}
 		f := fs.Lookup(name)
 		if f == nil {
 			return fmt.Errorf("%s: unknown key %q", path, name)
@@ -168,7 +195,7 @@ func pathError(err error, path string) error {
 // list may be an array or the string that the flag takes.
 func flagText(flag pflag.Value, value any) (string, error) {
 	_, isList := flag.(interface{ isList() })
-	isBool := flag.Type() == "bool"
+	isBool, isNumber := flag.Type() == "bool", flag.Type() == "int" || flag.Type() == numberType
 	switch v := value.(type) {
 	case bool:
 		if isBool {
@@ -179,7 +206,7 @@ func flagText(flag pflag.Value, value any) (string, error) {
 			return v, nil
 		}
 	case int64:
-		if isList {
+		if isList || isNumber {
 			return strconv.FormatInt(v, 10), nil
 		}
 	case []any:
@@ -204,6 +231,8 @@ func flagText(flag pflag.Value, value any) (string, error) {
 		return "", errors.New("must be true or false")
 	case isList:
 		return "", errors.New("must be a string, a whole number or an array of them")
+	case isNumber:
+		return "", errors.New("must be a whole number or a string")
 	}
 	return "", errors.New("must be a string")
 }
@@ -288,6 +317,33 @@ func parseIndexes(s string) ([]int, error) {
 		items = append(items, i)
 	}
 	return items, nil
+}
+
+// size is a flag that takes a number of bytes or of other things.
+type size uint64
+
+const numberType = "N"
+
+func (n *size) Type() string { return numberType }
+
+func (n *size) String() string {
+	if *n == 0 {
+		return ""
+	}
+	return strconv.FormatUint(uint64(*n), 10)
+}
+
+func (n *size) Set(s string) error {
+	digits, shift := s, 0
+	if i := strings.IndexAny(s, "KMGT"); i >= 0 && i == len(s)-1 {
+		digits, shift = s[:i], 10*(1+strings.IndexByte("KMGT", s[i]))
+	}
+	v, err := strconv.ParseUint(digits, 10, 64)
+	if err != nil || v == 0 || v > 1<<62>>shift {
+		return fmt.Errorf("%q is not a number from 1 on, with K, M, G or T if need be", s)
+	}
+	*n = size(v << shift)
+	return nil
 }
 
 func parsePorts(s string) ([]fastpath.PortRange, error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
 )
 
 func writeConfig(t *testing.T, text string) string {
@@ -32,7 +34,7 @@ func load(t *testing.T, text string, args ...string) (*settings, error) {
 	if err := flags.Parse(args); err != nil {
 		return s, err
 	}
-	if err := applyFile(flags, writeConfig(t, text)); err != nil {
+	if err := s.applyFile(flags, writeConfig(t, text)); err != nil {
 		return s, err
 	}
 	return s, s.check()
@@ -44,7 +46,7 @@ func TestConfigDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.DiscardHandler)
-	want := fastpath.HostConfig{Interface: "eth0", Mode: "auto", TEPs: crypto.AllTEPs, AEADs: crypto.AllAEADs, Log: log}
+	want := fastpath.HostConfig{Interface: "eth0", Mode: "auto", TEPs: crypto.AllTEPs, AEADs: crypto.AllAEADs, ResumeNonce: 8, Log: log}
 	if got := s.hostConfig(log); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
@@ -65,7 +67,40 @@ func TestConfigFile(t *testing.T) {
 		AEADs:     []crypto.AEAD{crypto.ChaCha20Poly1305, crypto.AES256GCM},
 		NoResume:  true,
 		Require:   true,
+
+		ResumeNonce: 4,
+		RekeyBytes:  1 << 20, RekeyFrames: 5000, RekeyEvery: time.Hour,
+		TCPKeepalive: true,
+		Rules: []fastpath.Rule{
+			{RemotePorts: []fastpath.PortRange{{First: 22, Last: 22}, {First: 443, Last: 445}}, Policy: slowpath.Policy{Verdict: slowpath.Plain}},
+			{
+				Local: netip.MustParsePrefix("10.0.0.0/8"), Remote: netip.MustParsePrefix("2001:db8::1/128"), LocalPorts: []fastpath.PortRange{{First: 80, Last: 80}},
+				Policy: slowpath.Policy{Verdict: slowpath.Require, NoResume: true, NoCache: true, PassiveRole: true, AppAware: slowpath.AppAwareMandatory},
+			},
+			{Policy: slowpath.Policy{AppAware: slowpath.AppAwareOn}},
+		},
 	}
+	const more = `
+			resume-nonce = 4
+			rekey-bytes = "1M"
+			rekey-frames = 5000
+			rekey-every = "1h"
+			tcp-keepalive = true
+			[[rule]]
+			remote-ports = [22, "443-445"]
+			action = "plain"
+			[[rule]]
+			local = "10.0.0.0/8"
+			remote = "2001:db8::1"
+			local-ports = "80"
+			action = "require"
+			resume = false
+			cache = false
+			role = "B"
+			app-aware = "mandatory"
+			[[rule]]
+			resume = true
+			app-aware = "on"`
 	for name, text := range map[string]string{
 		"strings": `
 			interface = "eth0"
@@ -81,7 +116,7 @@ func TestConfigFile(t *testing.T) {
 			control = "c"
 			metrics = "[::1]:9433"
 			log-format = "json"
-			drain-timeout = "1m"`,
+			drain-timeout = "1m"` + more,
 		"arrays": `
 			interface = "eth0"
 			mode = "copy"
@@ -96,7 +131,7 @@ func TestConfigFile(t *testing.T) {
 			control = "c"
 			metrics = "[::1]:9433"
 			log-format = "json"
-			drain-timeout = "60s"`,
+			drain-timeout = "60s"` + more,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, err := load(t, text)
@@ -180,6 +215,20 @@ func TestConfigErrors(t *testing.T) {
 		{`drain-timeout = "5"`, `drain-timeout: time: missing unit`},
 		{`drain-timeout = 5`, `drain-timeout: must be a string`},
 		{"interface = 'eth0'\ndrain-timeout = '-1s'", `drain-timeout: -1s is negative`},
+		{"interface = 'eth0'\nresume-nonce = 9", `resume-nonce: 9 is not between 0 and 8`},
+		{"interface = 'eth0'\nrekey-every = '-1s'", `rekey-every: -1s is negative`},
+		{`rekey-bytes = 0`, `rekey-bytes: "0" is not a number from 1 on`},
+		{`rekey-bytes = "1X"`, `rekey-bytes: "1X" is not a number from 1 on`},
+		{`rekey-bytes = "8388608T"`, `rekey-bytes: "8388608T" is not a number from 1 on`},
+		{`rule = 1`, `rule: it must be an array of tables: [[rule]]`},
+		{"[[rule]]\naction = 'drop'", `rule 1: action: "drop" is not one of encrypt, require, plain`},
+		{"[[rule]]\n[[rule]]\nlocal = '10.0.0.1/8'", `rule 2: local: "10.0.0.1/8" has bits beyond the prefix, did you mean 10.0.0.0/8?`},
+		{"[[rule]]\nremote = 'example.org'", `rule 1: remote: "example.org" is not an address or a prefix`},
+		{"[[rule]]\nremote-port = 22", `rule 1: unknown key "remote-port"`},
+		{"[[rule]]\nremote-ports = true", `rule 1: remote-ports: must be a string, a whole number or an array of them`},
+		{"[[rule]]\nremote-ports = ''", `rule 1: remote-ports: the list is empty`},
+		{"[[rule]]\nrole = 'b'", `rule 1: role: "b" is not one of A, B`},
+		{"[[rule]]\nresume = 'no'", `rule`},
 		{"interface = 'eth0'\ncontrol = ''", `control is empty`},
 		{"interface = 'eth0'\ninner-interface = 'eth1'", `inner-interface: gateway mode is not in this version`},
 	} {
@@ -227,11 +276,15 @@ func TestConfigExample(t *testing.T) {
 		t.Fatal(err)
 	}
 	var all strings.Builder
-	keys := 0
+	keys, rules := 0, false
 	for line := range strings.Lines(string(example)) {
 		if key, _, ok := strings.Cut(strings.TrimPrefix(line, "# "), " = "); ok && !strings.Contains(key, " ") {
 			line = strings.TrimPrefix(line, "# ")
-			keys++
+			if !rules {
+				keys++
+			}
+		} else if strings.HasPrefix(line, "# [[") {
+			line, rules = strings.TrimPrefix(line, "# "), true
 		}
 		all.WriteString(line)
 	}

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
 )
 
 // The control protocol: over a unix stream socket the client sends requests
@@ -27,9 +28,15 @@ import (
 
 // request is what a client asks.
 type request struct {
-	Method string `json:"method"`           // status, flows, stats or session
-	Local  string `json:"local,omitempty"`  // session: address:port of this host
-	Remote string `json:"remote,omitempty"` // session: address:port of the peer
+	Method string `json:"method"`           // status, flows, stats, session, cache, cache-flush or rekey
+	Local  string `json:"local,omitempty"`  // session, rekey: address:port of this host
+	Remote string `json:"remote,omitempty"` // session, rekey: address:port of the peer
+	Peer   string `json:"peer,omitempty"`   // cache-flush: address; empty: all
+}
+
+// count is the answer to what was done to several things.
+type count struct {
+	Count int `json:"count"`
 }
 
 // response is the answer: Result when Error is empty.
@@ -280,6 +287,24 @@ func handle(line []byte, h host) response {
 			return response{Error: err.Error()}
 		}
 		result = flow
+	case "cache":
+		entries := h.CacheList()
+		if entries == nil {
+			entries = []slowpath.CacheEntry{}
+		}
+		result = entries
+	case "cache-flush":
+		peer, err := parsePeer(req.Peer)
+		if err != nil {
+			return response{Error: err.Error()}
+		}
+		result = count{h.CacheFlush(peer)}
+	case "rekey":
+		n, err := rekey(h, req.Local, req.Remote)
+		if err != nil {
+			return response{Error: err.Error()}
+		}
+		result = count{n}
 	default:
 		return response{Error: fmt.Sprintf("unknown method %q", req.Method)}
 	}
@@ -292,15 +317,46 @@ func handle(line []byte, h host) response {
 
 // session finds the encrypted flow between two addresses.
 func session(h host, localText, remoteText string) (fastpath.FlowInfo, error) {
-	local, err := parseEndpoint(localText)
+	local, remote, err := parseEndpoints(localText, remoteText)
 	if err != nil {
-		return fastpath.FlowInfo{}, fmt.Errorf("local: %w", err)
-	}
-	remote, err := parseEndpoint(remoteText)
-	if err != nil {
-		return fastpath.FlowInfo{}, fmt.Errorf("remote: %w", err)
+		return fastpath.FlowInfo{}, err
 	}
 	return h.Session(local, remote)
+}
+
+// rekey initiates rekeying on the flow between two addresses, or on all flows
+// when both are empty.
+func rekey(h host, localText, remoteText string) (int, error) {
+	if localText == "" && remoteText == "" {
+		return h.Rekey(netip.AddrPort{}, netip.AddrPort{})
+	}
+	local, remote, err := parseEndpoints(localText, remoteText)
+	if err != nil {
+		return 0, err
+	}
+	return h.Rekey(local, remote)
+}
+
+func parseEndpoints(localText, remoteText string) (local, remote netip.AddrPort, err error) {
+	if local, err = parseEndpoint(localText); err != nil {
+		return local, remote, fmt.Errorf("local: %w", err)
+	}
+	if remote, err = parseEndpoint(remoteText); err != nil {
+		return local, remote, fmt.Errorf("remote: %w", err)
+	}
+	return local, remote, nil
+}
+
+// parsePeer reads an address; the empty text is the zero Addr.
+func parsePeer(s string) (netip.Addr, error) {
+	if s == "" {
+		return netip.Addr{}, nil
+	}
+	a, err := netip.ParseAddr(s)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("peer: %q is not an address like 192.0.2.1 or 2001:db8::1", s)
+	}
+	return a.Unmap().WithZone(""), nil
 }
 
 // parseEndpoint reads an address and port as flows have them: without zone,

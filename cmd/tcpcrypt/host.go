@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
 )
 
 // host is what the command line needs of a *fastpath.Host. All methods may be
@@ -16,6 +17,13 @@ type host interface {
 	// Session describes the encrypted flow between two addresses; the error
 	// is one line that says that there is none.
 	Session(local, remote netip.AddrPort) (fastpath.FlowInfo, error)
+	// CacheList describes the cached sessions, CacheFlush erases those of a
+	// peer, or all of them when peer is the zero Addr.
+	CacheList() []slowpath.CacheEntry
+	CacheFlush(peer netip.Addr) int
+	// Rekey initiates rekeying on one flow, or on all when both addresses are
+	// zero, and returns on how many.
+	Rekey(local, remote netip.AddrPort) (int, error)
 	// Drain stops new offers and waits until no flow is encrypted any more;
 	// what is left when ctx is done is aborted.
 	Drain(ctx context.Context)

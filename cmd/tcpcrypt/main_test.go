@@ -198,6 +198,27 @@ func (h *fakeHost) Stats() fastpath.Stats {
 	}
 }
 
+func (h *fakeHost) CacheList() []slowpath.CacheEntry {
+	return []slowpath.CacheEntry{{Peer: "192.0.2.2", Port: 443, TEP: "x25519", AEAD: "aes128gcm", Role: "A", Next: 3, Age: 7, Expires: 60}}
+}
+
+func (h *fakeHost) CacheFlush(peer netip.Addr) int {
+	if peer.IsValid() && peer != netip.MustParseAddr("192.0.2.2") {
+		return 0
+	}
+	return 1
+}
+
+func (h *fakeHost) Rekey(local, remote netip.AddrPort) (int, error) {
+	if local == remote {
+		return 2, nil
+	}
+	if _, err := h.Session(local, remote); err != nil {
+		return 0, err
+	}
+	return 1, nil
+}
+
 func (h *fakeHost) Session(local, remote netip.AddrPort) (fastpath.FlowInfo, error) {
 	for _, f := range h.Flows() {
 		if f.SessionID != "" && f.Local == local.String() && f.Remote == remote.String() {

@@ -27,6 +27,8 @@ stays the plain TCP connection that it would have been.`,
 		newFlowsCommand(),
 		newStatsCommand(),
 		newSessionCommand(),
+		newRekeyCommand(),
+		newCacheCommand(),
 		newBenchCommand(),
 		newVersionCommand(),
 	)

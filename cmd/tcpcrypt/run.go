@@ -30,11 +30,12 @@ everything is attached. SIGTERM or SIGINT makes it wait for encrypted
 connections to finish (--drain-timeout), abort the rest, and detach
 everything; a second signal aborts them at once.
 
-Every flag except --config is also a key of the TOML file, and wins over it.`,
+Every flag except --config is also a key of the TOML file, and wins over it.
+The file may also have rules, which no flag can express.`,
 		Args: exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if config != "" {
-				if err := applyFile(flags, config); err != nil {
+				if err := s.applyFile(flags, config); err != nil {
 					return err
 				}
 			}
