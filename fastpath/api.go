@@ -32,8 +32,12 @@ type HostConfig struct {
 	RekeyEvery              time.Duration
 	TCPKeepalive            bool
 	Require                 bool
-	Rules                   []Rule // the first that matches wins over Ports, Exclude and Require
-	Log                     *slog.Logger
+	// KeepGuard leaves the guard on the interface when the Host is closed, so
+	// that connections that must not be plain are refused until the next one
+	// runs.
+	KeepGuard bool
+	Rules     []Rule // the first that matches wins over Ports, Exclude and Require
+	Log       *slog.Logger
 }
 
 // PortRange is an inclusive range of TCP ports. An empty list of ranges
@@ -70,25 +74,27 @@ type Status struct {
 
 // FlowInfo is one row of `tcpcrypt flows`.
 type FlowInfo struct {
-	Local       string         `json:"local"`
-	Remote      string         `json:"remote"`
-	VLAN        uint16         `json:"vlan,omitempty"`
-	State       slowpath.State `json:"state"`
-	Reason      string         `json:"reason"`
-	Role        string         `json:"role"`
-	TEP         string         `json:"tep"`
-	AEAD        string         `json:"aead"`
-	Resumed     bool           `json:"resumed"`
-	SessionID   string         `json:"session_id"`
-	BytesIn     uint64         `json:"bytes_in"`
-	BytesOut    uint64         `json:"bytes_out"`
-	FramesIn    uint64         `json:"frames_in"`
-	FramesOut   uint64         `json:"frames_out"`
-	Retransmits uint64         `json:"retransmits"`
-	RekeysIn    uint64         `json:"rekeys_in"`
-	RekeysOut   uint64         `json:"rekeys_out"`
-	Worker      int            `json:"worker"`
-	Age         float64        `json:"age_s"`
+	Local     string         `json:"local"`
+	Remote    string         `json:"remote"`
+	VLAN      uint16         `json:"vlan,omitempty"`
+	State     slowpath.State `json:"state"`
+	Reason    string         `json:"reason"`
+	Role      string         `json:"role"`
+	TEP       string         `json:"tep"`
+	AEAD      string         `json:"aead"`
+	Resumed   bool           `json:"resumed"`
+	SessionID string         `json:"session_id"`
+	// PeerAware is the a bit of the peer's ENO option (RFC 8547 section 4.2).
+	PeerAware   bool    `json:"peer_app_aware"`
+	BytesIn     uint64  `json:"bytes_in"`
+	BytesOut    uint64  `json:"bytes_out"`
+	FramesIn    uint64  `json:"frames_in"`
+	FramesOut   uint64  `json:"frames_out"`
+	Retransmits uint64  `json:"retransmits"`
+	RekeysIn    uint64  `json:"rekeys_in"`
+	RekeysOut   uint64  `json:"rekeys_out"`
+	Worker      int     `json:"worker"`
+	Age         float64 `json:"age_s"`
 }
 
 // Stats is the answer to `tcpcrypt stats`: monotonic counters since start.

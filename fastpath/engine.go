@@ -283,7 +283,7 @@ func (e *Engine) info(f *flow) FlowInfo {
 	return FlowInfo{
 		Local: f.key.LocalAddr().String(), Remote: f.key.RemoteAddr().String(), VLAN: f.key.VLAN,
 		State: st, Reason: f.reason, Role: f.role.String(), TEP: f.tep.String(), AEAD: f.aead.String(), Resumed: f.resumed,
-		SessionID: hexID(f.id), BytesIn: f.bytesIn, BytesOut: f.bytesOut, FramesIn: f.framesIn, FramesOut: f.framesOut,
+		SessionID: hexID(f.id), PeerAware: f.peerAware, BytesIn: f.bytesIn, BytesOut: f.bytesOut, FramesIn: f.framesIn, FramesOut: f.framesOut,
 		Retransmits: f.retransmits, RekeysIn: f.rekeysIn, RekeysOut: f.rekeysOut, Age: (e.now - f.born).Seconds(),
 	}
 }

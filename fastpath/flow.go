@@ -128,16 +128,17 @@ type flow struct {
 	challengeAt time.Duration // start of the current second of challenge ACKs
 	challengeN  int
 
-	born    time.Duration
-	id      [33]byte
-	tep     crypto.TEP
-	aead    crypto.AEAD
-	role    crypto.Role
-	active  bool
-	resumed bool
-	unheard bool // no segment without SYN came from the peer: ours carry ENO (RFC 8547 section 4.6)
-	reason  string
-	rtt     time.Duration
+	born      time.Duration
+	id        [33]byte
+	tep       crypto.TEP
+	aead      crypto.AEAD
+	role      crypto.Role
+	active    bool
+	resumed   bool
+	peerAware bool // a bit of the peer's ENO option
+	unheard   bool // no segment without SYN came from the peer: ours carry ENO (RFC 8547 section 4.6)
+	reason    string
+	rtt       time.Duration
 
 	bytesIn, bytesOut, framesIn, framesOut, retransmits, rekeysIn, rekeysOut uint64
 }
@@ -206,7 +207,7 @@ func newFlow(est *slowpath.Established, now time.Duration) *flow {
 	f := &flow{
 		key: est.Key, iss: est.ISS, irs: est.IRS, born: now, heapIx: -1,
 		sess: est.Session, role: est.Role, tep: est.TEP, aead: est.Session.AEAD(), id: est.Session.ID(),
-		active: est.Active, resumed: est.Resumed, unheard: est.Unheard, release: est.Release, rtt: est.RTT,
+		active: est.Active, resumed: est.Resumed, unheard: est.Unheard, peerAware: est.PeerAppAware, release: est.Release, rtt: est.RTT,
 		tsOK: est.TSOK, sackOK: est.SACKOK, wsOK: est.WScaleOK, ecnOK: est.ECNOK,
 		tsLocal: est.TSLocal, tsRemote: est.TSRemote, tsRemoteEcr: est.TSLocal,
 		outer: est.OuterTmpl, inner: est.InnerTmpl,

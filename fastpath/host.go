@@ -60,6 +60,7 @@ type Host struct {
 	pulse  uint64          // the worker's, when watch last looked
 	cache  *slowpath.Cache // nil: nothing is resumed
 	pool   *agreement
+	policy xdp.Policy
 
 	link      chan error // the device is down or gone
 	stopLink  func()
@@ -84,6 +85,9 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	}()
 	if !cfg.NoResume {
 		h.cache = slowpath.NewCache(0, 0)
+	}
+	if h.policy, err = cfg.kernelPolicy(); err != nil {
+		return nil, err
 	}
 	want, err := xdp.ParseMode(cfg.Mode)
 	if err != nil {
@@ -218,12 +222,9 @@ func (h *Host) bindQueues(m xdp.Mode, queues []int, chunk int) (err error) {
 	h.diverter, err = xdp.AttachHost(xdp.HostAttachConfig{
 		Ifindex: h.caps.Ifindex, TAPIfindex: h.tap.Ifindex(), Mode: m,
 		Frags: h.multiBuffer(m, chunk), Heartbeat: beatStale,
-		Ports: portRanges(h.cfg.Ports), Exclude: portRanges(h.cfg.Exclude),
+		Policy: h.policy,
 	})
 	if err != nil {
-		return err
-	}
-	if err = h.diverter.Require(h.cfg.Require); err != nil {
 		return err
 	}
 	for _, q := range queues {
@@ -264,12 +265,23 @@ func (h *Host) unbind() {
 // openGuard takes over the guard that a killed daemon left, or makes one, and
 // ends the sockets whose encryption died with that daemon (T22).
 func (h *Host) openGuard() (*xdp.Guard, error) {
-	g, left, err := xdp.OpenGuard(h.caps.Ifindex, h.diverter.Mark())
+	g, left, err := xdp.OpenGuard(h.caps.Ifindex, h.diverter.Mark(), h.policy)
 	if err != nil {
 		return nil, err
 	}
 	h.leftovers(g, left)
 	return g, nil
+}
+
+// Cleanup removes what a killed daemon, or one that was told to keep it, left on
+// the interface: the guard, and the sockets of the connections that it keeps
+// shut. It reports whether there was one, and how many connections it ended.
+func Cleanup(iface string) (found bool, ended int, err error) {
+	caps, err := xdp.Probe(iface)
+	if err != nil {
+		return false, 0, err
+	}
+	return xdp.RemoveGuard(caps.Ifindex, xdp.DestroySocket)
 }
 
 func (h *Host) leftovers(g *xdp.Guard, left []xdp.FlowKey) {
@@ -294,14 +306,6 @@ func (h *Host) leftovers(g *xdp.Guard, left []xdp.FlowKey) {
 	}
 }
 
-func portRanges(rs []PortRange) [][2]uint16 {
-	out := make([][2]uint16, 0, len(rs))
-	for _, r := range rs {
-		out = append(out, [2]uint16{r.First, r.Last})
-	}
-	return out
-}
-
 // watch gives the heartbeat, and ends the host when its worker or its device
 // ends.
 func (h *Host) watch() {
@@ -318,6 +322,9 @@ func (h *Host) watch() {
 			h.err = fmt.Errorf("%s: %w", h.cfg.Interface, err)
 		case <-beat.C:
 			h.beat()
+			if h.cache != nil {
+				h.cache.Expire(time.Since(h.start))
+			}
 			continue
 		case <-h.worker.done:
 			h.err = h.worker.err
@@ -350,8 +357,9 @@ func (h *Host) Err() error { return h.err }
 // is done; what is left is then aborted on both sides.
 func (h *Host) Drain(ctx context.Context) {
 	h.draining.Store(true)
-	// Under --require the alternative to an offer is not a plain connection.
-	if !h.cfg.Require {
+	// Where encryption is required the alternative to an offer is not a plain
+	// connection.
+	if !h.cfg.requires() {
 		if err := h.diverter.Enable(false); err != nil {
 			h.log.Warn("new connections are still offered encryption", "err", err)
 		}
@@ -427,7 +435,11 @@ func (h *Host) detach() error {
 	if h.tap != nil {
 		errs = append(errs, h.tap.Close())
 	}
-	if h.guard != nil {
+	switch {
+	case h.guard == nil:
+	case h.cfg.KeepGuard:
+		h.guard.Close()
+	default:
 		errs = append(errs, h.guard.Remove())
 	}
 	if h.umem != nil {

@@ -1,10 +1,12 @@
 package fastpath
 
 import (
+	"fmt"
 	"net/netip"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
 )
 
 // Rule gives a policy to the flows that match all of its conditions.
@@ -49,4 +51,53 @@ func (c *HostConfig) policy() func(*packet.Key, packet.Direction) slowpath.Polic
 		}
 		return slowpath.Policy{}
 	}
+}
+
+// requires reports whether some flows are refused rather than plain.
+func (c *HostConfig) requires() bool {
+	for i := range c.Rules {
+		if c.Rules[i].Policy.Verdict == slowpath.Require {
+			return true
+		}
+	}
+	return c.Require
+}
+
+// kernelPolicy is the configuration for the BPF programs, whose rules have one
+// range of ports each. It fails when that makes too many.
+func (c *HostConfig) kernelPolicy() (p xdp.Policy, err error) {
+	p = xdp.Policy{Ports: portRanges(c.Ports), Exclude: portRanges(c.Exclude), Require: c.Require}
+	for i := range c.Rules {
+		r := &c.Rules[i]
+		for _, l := range anyPort(r.LocalPorts) {
+			for _, m := range anyPort(r.RemotePorts) {
+				p.Rules = append(p.Rules, xdp.Rule{
+					Local: r.Local, Remote: r.Remote, LocalPorts: l, RemotePorts: m, Verdict: kernelVerdict[r.Policy.Verdict],
+				})
+			}
+		}
+	}
+	if len(p.Rules) > xdp.MaxRules {
+		return p, fmt.Errorf("rule: %d rules, one for each pair of port ranges, are more than the %d that are supported", len(p.Rules), xdp.MaxRules)
+	}
+	return p, nil
+}
+
+var kernelVerdict = map[slowpath.Verdict]xdp.Verdict{
+	slowpath.Encrypt: xdp.VerdictEncrypt, slowpath.Require: xdp.VerdictRequire, slowpath.Plain: xdp.VerdictPlain,
+}
+
+func anyPort(rs []PortRange) [][2]uint16 {
+	if len(rs) == 0 {
+		return [][2]uint16{{0, 65535}}
+	}
+	return portRanges(rs)
+}
+
+func portRanges(rs []PortRange) [][2]uint16 {
+	out := make([][2]uint16, 0, len(rs))
+	for _, r := range rs {
+		out = append(out, [2]uint16{r.First, r.Last})
+	}
+	return out
 }

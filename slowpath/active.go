@@ -41,7 +41,7 @@ func (m *Machine) eligible(f *flow, s *packet.Segment) (reason string) {
 		return ReasonPolicy
 	case s.Len() > 0:
 		return ReasonSYNData
-	case f.local.tfo || f.local.conflict || f.local.enos > 0:
+	case f.local.tfo || f.local.conflict || f.local.legacy || f.local.enos > 0:
 		return ReasonOptionConflict
 	case f.policy.Verdict != Require && m.peers.has(&s.Key, m.now):
 		return ReasonRemembered
@@ -59,7 +59,7 @@ func (m *Machine) makeOffer(f *flow, s *packet.Segment) (reason string) {
 		if f.ticket = m.cfg.Cache.propose(&f.key, m.usable, m.now); f.ticket != nil {
 			nonce, err := m.resumeNonce()
 			if err != nil {
-				m.cfg.Cache.restore(f.ticket)
+				m.cfg.Cache.keep(f.ticket)
 				return ReasonNoRandom
 			}
 			f.nonce, resume = nonce, f.ticket.suboption(nonce)
@@ -78,7 +78,7 @@ func (m *Machine) makeOffer(f *flow, s *packet.Segment) (reason string) {
 		}
 	}
 	if f.ticket != nil {
-		m.cfg.Cache.restore(f.ticket)
+		m.cfg.Cache.keep(f.ticket)
 		f.ticket, f.nonce = nil, nil
 	}
 	for n := len(m.cfg.TEPs); n > 0; n-- {

@@ -191,9 +191,9 @@ type Established struct {
 	Role    crypto.Role     // ENO role, A or B
 	TEP     crypto.TEP
 	Active  bool // the local stack opened the connection
-	// PeerAware is the a bit that the peer sent (RFC 8547 section 4.2).
-	PeerAware bool
-	Resumed   bool // the keys go by the role of the original session, see crypto.Session.Role
+	// PeerAppAware is the a bit that the peer sent (RFC 8547 section 4.2).
+	PeerAppAware bool
+	Resumed      bool // the keys go by the role of the original session, see crypto.Session.Role
 	// Unheard: no segment without SYN came from the peer, so every segment to
 	// it has to carry a non-SYN-form ENO option until one does (RFC 8547
 	// section 4.6).
@@ -234,8 +234,8 @@ type Established struct {
 
 	// Release is the segment that ends the inner handshake: the SYN-ACK for
 	// an active opener, the final ACK for a passive one and after a
-	// simultaneous open. The slow path sends
-	// it once, the fast path again when the inner stack asks (T18).
+	// simultaneous open. The slow path sends it once, the fast path again
+	// when the inner stack asks (T18).
 	Release []byte
 
 	RTT time.Duration // of the handshake, 0 when not measured

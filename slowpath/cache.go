@@ -16,7 +16,7 @@ const (
 	DefaultCacheChains = 65536
 	DefaultCacheTTL    = 12 * time.Hour
 
-	chainsPerPeer = 4  // of one address, so that nobody fills the cache alone
+	chainsPerPeer = 16 // of one address, so that nobody fills the cache alone; behind it may be many hosts
 	lookahead     = 4  // secrets that the peer may skip
 	maxUnused     = 16 // secrets of a chain that are kept for connections still on their way
 )
@@ -67,6 +67,7 @@ type unused struct {
 	i      uint32
 	secret *crypto.Secret
 	theirs [crypto.ResumeLen]byte // half of the identifier that the peer sends
+	kept   bool                   // this host was about to propose it, but did not
 }
 
 // ours returns the half of the identifier that this host sends.
@@ -99,7 +100,7 @@ type CacheEntry struct {
 	TEP     string  `json:"tep"`
 	AEAD    string  `json:"aead"`
 	Role    string  `json:"role"` // of this host in the key exchange
-	Next    uint32  `json:"next"` // lowest unused i
+	Next    uint32  `json:"next"` // lowest i that was not used to negotiate
 	Age     float64 `json:"age_s"`
 	Expires float64 `json:"expires_s"` // seconds left
 }
@@ -130,7 +131,7 @@ func (c *Cache) List(now time.Duration) []CacheEntry {
 		key := packet.Key{Remote: h.peer}
 		es = append(es, CacheEntry{
 			Peer: key.RemoteAddr().Addr().String(), Port: h.port, TEP: h.tep.String(), AEAD: h.aead.String(), Role: h.role.String(),
-			Next: h.secrets[0].i, Age: (now - h.born).Seconds(), Expires: (h.expires - now).Seconds(),
+			Next: h.next().i, Age: (now - h.born).Seconds(), Expires: (h.expires - now).Seconds(),
 		})
 	}
 	return es
@@ -169,7 +170,8 @@ func (c *Cache) add(k *packet.Key, active bool, tep crypto.TEP, aead crypto.AEAD
 	defer c.mu.Unlock()
 	c.expire(now)
 	if old := c.peers[k.Remote]; len(old) >= chainsPerPeer {
-		c.remove(old[0])
+		i := slices.IndexFunc(old, func(h *chain) bool { return !h.proven })
+		c.remove(old[max(0, i)])
 	}
 	if c.all.Len() >= c.max {
 		c.evict()
@@ -235,10 +237,18 @@ func (c *Cache) propose(k *packet.Key, usable func(crypto.TEP, crypto.AEAD) bool
 	if best == nil {
 		return nil
 	}
-	u := best.secrets[0]
+	u := best.next()
 	c.take(u)
 	c.extend(best)
 	return u
+}
+
+// next returns the lowest secret that was not used to negotiate. The peer named
+// secrets in order, too, so what lies below one that it named it has used,
+// although that may still be on its way.
+func (h *chain) next() *unused {
+	i := slices.IndexFunc(h.secrets, func(u *unused) bool { return u.kept || u.i > h.used })
+	return h.secrets[i]
 }
 
 // reserve takes the unused secret that the peer named by its half of the
@@ -257,7 +267,13 @@ func (c *Cache) reserve(half []byte, tep crypto.TEP, usable func(crypto.TEP, cry
 	return u
 }
 
-// restore puts back a secret that was not used.
+// keep puts back a secret that this host did not propose after all.
+func (c *Cache) keep(u *unused) {
+	u.kept = true
+	c.restore(u)
+}
+
+// restore puts back a secret that the peer named and that was not used.
 func (c *Cache) restore(u *unused) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -116,12 +116,18 @@ func ParseENO(opt []byte) (ENO, error) {
 // AppendOffer appends the option of an active opener: fresh key agreement with
 // each of teps, and, unless its TEP is 0, the resumption suboption resume, last
 // so that it needs no length byte (RFC 8548 section 3.5). global is the global
-// suboption; a zero is left out, which says the same (RFC 8547 section 4.2).
+// suboption; a zero is left out, which says the same (RFC 8547 section 4.2). teps
+// are in order of preference, which host B writes down from its end (RFC 8547
+// section 4.5).
 func AppendOffer(dst []byte, global byte, teps []crypto.TEP, resume Suboption) []byte {
 	start := len(dst)
 	dst = append(dst, packet.OptENO, 0)
 	if global != 0 {
 		dst = append(dst, global)
+	}
+	if global&enoB != 0 {
+		teps = slices.Clone(teps)
+		slices.Reverse(teps)
 	}
 	for _, t := range teps {
 		if t != resume.TEP {

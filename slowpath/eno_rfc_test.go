@@ -3,6 +3,7 @@ package slowpath
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -325,6 +326,92 @@ func TestInitHasNoIgnoredBytes(t *testing.T) {
 			if n := int(binary.BigEndian.Uint32(x.msg[4:])); n != want || len(x.msg) != want {
 				t.Errorf("%v: %s has %d bytes and says %d, want %d", tep, name, len(x.msg), n, want)
 			}
+		}
+	}
+}
+
+// The private key is erased once the keys are agreed, or the exchange is over
+// without (RFC 8548 section 3.3, RFC 8547 section 5).
+func TestPrivateKeyErased(t *testing.T) {
+	for name, end := range map[string]func(s *script){
+		"agreed":    func(s *script) { s.outer(s.data(0, len(s.localInit), s.init2(crypto.TEPX25519, nil))) },
+		"reset":     func(s *script) { s.outer(tcp{seq: peerISS + 1, flags: packet.RST}) },
+		"bad magic": func(s *script) { s.outer(s.data(0, len(s.localInit), []byte("HTTP/1.1 200 OK"))) },
+		"timeout":   func(s *script) { s.tick(2 * DefaultDeadline) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScript(t, Config{})
+			s.active(crypto.TEPX25519)
+			priv := s.m.flows[s.link.key(1, clientPort, 2, serverPort)].priv
+			other, err := crypto.GenerateKey(crypto.TEPX25519, seeded(4))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := priv.Shared(other.Public(false)); err != nil {
+				t.Fatalf("no key during the exchange: %v", err)
+			}
+			end(s)
+			if s.m.Len() != 0 {
+				t.Fatal("the exchange goes on")
+			}
+			if _, _, err := priv.Shared(other.Public(false)); !errors.Is(err, crypto.ErrPrivateKey) {
+				t.Errorf("after the exchange: %v", err)
+			}
+		})
+	}
+}
+
+// Once a copy of the SYN went without ENO no later one has it again, at the
+// pauses of Linux (RFC 8547 section 4.6, T17).
+func TestSYNOfferedOnce(t *testing.T) {
+	s := newScript(t, Config{})
+	begin := s.now
+	for i, at := range []time.Duration{0, 1, 3, 7, 15, 31, 63, 127} {
+		for {
+			due, ok := s.m.Deadline()
+			if !ok || due >= begin+at*time.Second {
+				break
+			}
+			s.tick(due - s.now)
+		}
+		s.now = begin + at*time.Second
+		s.inner(tcp{seq: localISS, flags: packet.SYN, wnd: 64240, opts: linuxSYN(1460, 12, 0)})
+		if got := hasENO(s.one(SendOuter).Options()); got != (i < 2) {
+			t.Errorf("SYN %d, after %d s: ENO %v", i, at, got)
+		}
+	}
+}
+
+// The option and its experimental predecessor are never in one segment (RFC
+// 8547 section 11).
+func TestNoExperimentalOptionBeside(t *testing.T) {
+	legacy := []byte{packet.OptExp1, 5, 0x45, 0x4e, x25519}
+	check := func(p *packet.Segment) {
+		t.Helper()
+		if bytes.Contains(p.Options(), legacy[:4]) && hasENO(p.Options()) {
+			t.Errorf("both are in %x", p.Options())
+		}
+	}
+	s := newScript(t, Config{})
+	s.inner(tcp{seq: localISS, flags: packet.SYN, wnd: 64240, opts: withENO([]byte{2, 4, 5, 180}, legacy)})
+	check(s.one(SendOuter))
+	s = newScript(t, Config{})
+	s.listening(crypto.TEPX25519)
+	s.inner(tcp{seq: localISS, ack: peerISS + 1, flags: packet.SYN | packet.ACK, wnd: 65160, opts: withENO([]byte{2, 4, 5, 180}, legacy)})
+	check(s.one(SendOuter))
+}
+
+// Host B writes its TEPs down by increasing priority, since the last valid one
+// is negotiated (RFC 8547 section 4.5).
+func TestOrderOfHostB(t *testing.T) {
+	prefs := []crypto.TEP{crypto.TEPX25519, crypto.TEPX448, crypto.TEPP256}
+	for n := 1; n <= len(prefs); n++ {
+		s := newSim(t, link{}, &Config{TEPs: prefs}, &Config{TEPs: prefs[len(prefs)-n:], Policy: always(Policy{PassiveRole: true})})
+		if got := simOpen(s); got != "encrypted" {
+			t.Fatal(got)
+		}
+		if want := prefs[len(prefs)-n]; s.a.est.TEP != want {
+			t.Errorf("agreed on %v, host B prefers %v", s.a.est.TEP, want)
 		}
 	}
 }

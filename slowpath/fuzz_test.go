@@ -98,6 +98,13 @@ func (z *fuzzer) compute(run bool) {
 	j := z.jobs[0]
 	z.jobs = z.jobs[1:]
 	if run {
+		if j.priv == nil {
+			key, err := crypto.GenerateKey(j.tep, seeded(4))
+			if err != nil {
+				z.t.Fatal(err)
+			}
+			j.priv = key
+		}
 		j.Run()
 	}
 	z.check(z.m.Agreed(j, z.now))
@@ -117,6 +124,9 @@ func (z *fuzzer) byte() byte {
 	z.script = z.script[1:]
 	return b
 }
+
+// plaintext is what peers and inner stacks send that have no keys.
+var plaintext = []byte("PLAINTEXT")
 
 var fuzzFlags = []uint8{
 	packet.SYN, packet.SYN | packet.ACK, packet.ACK, packet.ACK | packet.PSH, packet.RST, packet.RST | packet.ACK,
@@ -197,7 +207,7 @@ func (z *fuzzer) step() {
 			x.data = x.data[:cut]
 		}
 	case 5:
-		x.data = bytes.Repeat([]byte("P"), 1+int(z.byte()))
+		x.data = bytes.Repeat(plaintext, 1+int(z.byte())/8)
 	case 6:
 		x.data = z.initMessage()
 		at := int(z.byte()) % len(x.data)
@@ -290,7 +300,7 @@ func (z *fuzzer) check(acts []Action) {
 			if a.Kind == SendOuter {
 				f.outSeq, f.outAck = p.Seq, p.Ack
 				z.names(p)
-				if p.Flags&packet.SYN == 0 && p.Len() > 0 && z.sealed[p.Key] && bytes.Contains(p.Payload(), []byte("PP")) {
+				if p.Flags&packet.SYN == 0 && p.Len() > 0 && z.sealed[p.Key] && bytes.Contains(p.Payload(), plaintext) {
 					t.Fatal("plaintext of an encrypted flow went out")
 				}
 			} else {
@@ -348,8 +358,10 @@ func (z *fuzzer) check(acts []Action) {
 		t.Fatalf("held %d, counted %d; %d timers, %d flows, %d tombs", held, m.rxHeld, len(m.timers), len(m.flows), len(m.tombs.byKey))
 	}
 	n := 0
-	for e := m.tombs.first(); e != nil && e != &m.tombs.root; e = e.next {
-		n++
+	for _, root := range []*tomb{&m.tombs.answered, &m.tombs.unanswered} {
+		for e := root.next; e != root; e = e.next {
+			n++
+		}
 	}
 	if n != len(m.tombs.byKey) {
 		t.Fatalf("%d tombs in the list, %d in the map", n, len(m.tombs.byKey))

@@ -115,6 +115,3 @@ func (f *flow) takeKey() *crypto.PrivateKey {
 	}
 	return k
 }
-
-// hasKey reports whether the flow has a private key of the negotiated TEP.
-func (f *flow) hasKey() bool { return f.priv != nil && f.priv.TEP() == f.tep }

@@ -2,6 +2,7 @@ package slowpath
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"slices"
 	"testing"
@@ -232,5 +233,35 @@ func TestOffloadAhead(t *testing.T) {
 	s.compute()
 	if len(s.payload()) == 0 {
 		t.Error("no Init1")
+	}
+}
+
+// A key that was made ahead for another TEP is erased, and a flow whose SYN went
+// without ENO in the end gets none.
+func TestAheadInVain(t *testing.T) {
+	for _, offload := range []func(crypto.TEP) bool{nil, offloaded} {
+		s := newScript(t, Config{TEPs: []crypto.TEP{crypto.TEPX25519, crypto.TEPP256}, Offload: offload})
+		s.connect()
+		s.m.Ahead(s.now)
+		f := s.m.flows[s.link.key(1, clientPort, 2, serverPort)]
+		key := f.priv
+		s.outer(synack(AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPP256})))
+		if offload != nil {
+			s.compute()
+		}
+		if f.priv == key || f.priv.TEP() != crypto.TEPP256 {
+			t.Errorf("the key is for %v", f.priv.TEP())
+		}
+		if _, _, err := key.Shared(make([]byte, 32)); !errors.Is(err, crypto.ErrPrivateKey) {
+			t.Errorf("the key made ahead is not erased: %v", err)
+		}
+	}
+	s := newScript(t, Config{TEPs: []crypto.TEP{crypto.TEPX25519}})
+	for range maxSYNs {
+		s.connect()
+		s.tick(time.Second)
+	}
+	if s.m.Ahead(s.now) {
+		t.Error("a key for a plain connection")
 	}
 }

@@ -33,6 +33,10 @@ const (
 	handedQuiet     = 500 * time.Millisecond // see Machine.afresh
 	maxSYNs         = 3                      // this copy of a SYN goes without ENO (T19)
 
+	// synCopies is longer than any pause between copies of a SYN: Linux waits
+	// at most two minutes.
+	synCopies = 130 * time.Second
+
 	tombsPerFlow = 4 // bound of tombs, in units of MaxHalfOpen
 )
 
@@ -64,7 +68,7 @@ type Machine struct {
 
 // New returns a Machine for the given policy; zero fields of cfg get their
 // defaults, nil TEPs and AEADs are all that exist. random is the source of
-// nonces and private keys, read only inside Input and Ahead.
+// nonces and private keys, read only inside Input, Ahead and Agreed.
 func New(cfg Config, random io.Reader) *Machine {
 	if cfg.TEPs == nil {
 		cfg.TEPs = crypto.AllTEPs
@@ -314,16 +318,26 @@ func (m *Machine) bury(f *flow, how fate) {
 	m.entomb(&tomb{
 		key: f.key, fate: how, iss: f.iss, irs: f.irs,
 		hasISS: f.active || f.phase >= phaseAnswered, hasIRS: !f.active || f.phase >= phaseCrossed,
+		unanswered: how == fatePlain && f.expires <= m.now,
 	})
 }
 
-// entomb leaves a tombstone for a flow that has none yet. At the limit the
-// oldest one goes.
+// entomb leaves a tombstone for a flow that has none yet. At the limit another
+// one goes.
 func (m *Machine) entomb(t *tomb) {
 	if len(m.tombs.byKey) >= tombsPerFlow*m.cfg.MaxHalfOpen {
-		m.unbury(m.tombs.first())
+		m.unbury(m.tombs.least())
 	}
-	t.born, t.expires = m.now, m.now+m.cfg.TombstoneFor
+	t.born = m.now
+	m.prolong(t)
+}
+
+// prolong gives a tombstone that is in no list its whole lifetime.
+func (m *Machine) prolong(t *tomb) {
+	t.expires = m.now + m.cfg.TombstoneFor
+	if t.unanswered {
+		t.expires = m.now + synCopies
+	}
 	m.tombs.add(t)
 }
 
@@ -368,6 +382,10 @@ func (m *Machine) straggler(t *tomb, s *packet.Segment, dir packet.Direction) {
 	m.count(countStragglers)
 	switch t.fate {
 	case fatePlain:
+		if t.unanswered && s.Flags&packet.SYN != 0 {
+			m.tombs.remove(t)
+			m.prolong(t)
+		}
 		m.passPlain(s, dir)
 	case fateHanded:
 		m.emit(Action{Kind: Reinject, Dir: dir, Key: s.Key, Frame: bytes.Clone(s.Frame)})
@@ -381,8 +399,7 @@ func (m *Machine) straggler(t *tomb, s *packet.Segment, dir packet.Direction) {
 		if dir == packet.FromInner {
 			// The inner stack had not heard of the end: stay.
 			m.tombs.remove(t)
-			t.expires = m.now + m.cfg.TombstoneFor
-			m.tombs.add(t)
+			m.prolong(t)
 		}
 	}
 }
@@ -413,7 +430,7 @@ func (m *Machine) plainSYN(s *packet.Segment, dir packet.Direction, reason strin
 	}
 	if reason != ReasonPolicy {
 		// Copies have to be treated alike (RFC 8547 section 4.6).
-		t := &tomb{key: s.Key, fate: fatePlain}
+		t := &tomb{key: s.Key, fate: fatePlain, unanswered: true}
 		if dir == packet.FromInner {
 			t.hasISS, t.iss = true, s.Seq
 		} else {

@@ -54,33 +54,53 @@ type tomb struct {
 	fate           fate
 	hasISS, hasIRS bool
 	iss, irs       uint32
+	unanswered     bool // copies of its SYN may follow for long
 	born, expires  time.Duration
 	prev, next     *tomb
 }
 
-// graveyard holds tombs in the order of their expiry.
+// graveyard holds tombs, in one list for each of the two lifetimes.
 type graveyard struct {
 	byKey map[packet.Key]*tomb
-	root  tomb // sentinel of the list: next is the first to expire
+	// Sentinels: next is the first to expire.
+	answered, unanswered tomb
 }
 
 func (g *graveyard) init() {
 	g.byKey = make(map[packet.Key]*tomb)
-	g.root.next, g.root.prev = &g.root, &g.root
+	for _, root := range []*tomb{&g.answered, &g.unanswered} {
+		root.next, root.prev = root, root
+	}
 }
 
 // first returns the tomb that expires next, nil when there is none.
 func (g *graveyard) first() *tomb {
-	if g.root.next == &g.root {
-		return nil
+	a, u := g.answered.next, g.unanswered.next
+	switch {
+	case u != &g.unanswered && (a == &g.answered || u.expires < a.expires):
+		return u
+	case a != &g.answered:
+		return a
 	}
-	return g.root.next
+	return nil
 }
 
-// add puts t behind all others: lifetimes are equal.
+// least returns the tomb that matters least.
+func (g *graveyard) least() *tomb {
+	if u := g.unanswered.next; u != &g.unanswered {
+		return u
+	}
+	return g.first()
+}
+
+// add puts t behind all others of its list.
 func (g *graveyard) add(t *tomb) {
+	root := &g.answered
+	if t.unanswered {
+		root = &g.unanswered
+	}
 	g.byKey[t.key] = t
-	t.prev, t.next = g.root.prev, &g.root
+	t.prev, t.next = root.prev, root
 	t.prev.next, t.next.prev = t, t
 }
 

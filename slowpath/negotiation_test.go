@@ -791,7 +791,7 @@ func TestHalfOpenLimit(t *testing.T) {
 	syn(3000, true)
 	s.wantReport(StateOffered, "")
 	s.tick(time.Minute)
-	s.tick(time.Minute)
+	s.tick(synCopies)
 	if _, ok := s.m.Deadline(); ok || len(s.m.tombs.byKey) != 0 {
 		t.Error("something is left")
 	}

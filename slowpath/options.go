@@ -13,6 +13,7 @@ const (
 	defaultMSS4 = 536
 	defaultMSS6 = 1220
 	exidTFO     = 0xf989 // Fast Open before it had a kind (RFC 7413 section 4.1.1)
+	exidENO     = 0x454e // ENO before it had a kind (RFC 8547 section 11)
 )
 
 // synOptions is what the options of a SYN or SYN-ACK say. It keeps no
@@ -25,6 +26,7 @@ type synOptions struct {
 	ts       bool
 	tfo      bool
 	conflict bool // MPTCP, TCP-MD5 or TCP-AO: they fail when the payload changes
+	legacy   bool // ENO as an experimental option
 	enos     int  // number of ENO options
 	eno      [packet.MaxOptions]byte
 	enoN     int // length in bytes of the first ENO option
@@ -47,6 +49,8 @@ func readSYNOptions(opts []byte) (o synOptions) {
 			o.ts = true
 		case isTFO(b):
 			o.tfo = true
+		case isLegacyENO(b):
+			o.legacy = true
 		case b[0] == packet.OptMD5 || b[0] == packet.OptAO || b[0] == packet.OptMPTCP:
 			o.conflict = true
 		case b[0] == packet.OptENO:
@@ -64,6 +68,10 @@ func isTFO(b []byte) bool {
 	return b[0] == packet.OptTFO || b[0] == packet.OptExp2 && len(b) >= 4 && binary.BigEndian.Uint16(b[2:]) == exidTFO
 }
 
+func isLegacyENO(b []byte) bool {
+	return b[0] == packet.OptExp1 && len(b) >= 4 && binary.BigEndian.Uint16(b[2:]) == exidENO
+}
+
 // hasENO reports whether the options of a segment without SYN carry ENO.
 func hasENO(opts []byte) (found bool) {
 	_ = packet.WalkOptions(opts, func(b []byte) bool {
@@ -78,7 +86,7 @@ func hasENO(opts []byte) (found bool) {
 type optionEdit struct {
 	mss int    // value of the MSS option, which is added when missing; 0: as it is
 	tfo bool   // leave Fast Open options out
-	eno []byte // ENO option to add at the end
+	eno []byte // ENO option to add at the end; one never stands beside the experimental one (RFC 8547 section 11)
 }
 
 // apply returns the edited options, padded to a multiple of 4; ok is false
@@ -111,7 +119,7 @@ func (e *optionEdit) build(opts []byte, keepNOPs bool) []byte {
 		o := opts[:opts[1]]
 		opts = opts[len(o):]
 		switch {
-		case o[0] == packet.OptENO, e.tfo && isTFO(o):
+		case o[0] == packet.OptENO, e.tfo && isTFO(o), e.eno != nil && isLegacyENO(o):
 		case o[0] == packet.OptMSS && len(o) == optMSSLen && e.mss != 0:
 			if mss != 0 {
 				b = appendMSS(b, mss)

@@ -98,15 +98,16 @@ func TestResumedFirstSegment(t *testing.T) {
 func TestResumedWithoutENOInAck(t *testing.T) {
 	cfg, peer := withSecret(crypto.RoleB, crypto.TEPX25519)
 	s := newScript(t, cfg)
-	s.proposed(peer)
+	u := s.proposed(peer)
+	half := u.ours()
 	s.answered()
-	if n := cfg.Cache.List(0)[0].Next; n != 2 {
-		t.Errorf("next secret %d while the first is promised", n)
+	if cfg.Cache.reserve(half[:], crypto.TEPX25519, anyExchange, 0) != nil {
+		t.Error("promised twice")
 	}
 	s.outer(firstACK(false, 0, []byte("plain")))
 	s.wantReport(StatePlain, ReasonNoENOInAck)
-	if n := cfg.Cache.List(0)[0].Next; n != 1 {
-		t.Errorf("next secret %d, want 1", n)
+	if cfg.Cache.reserve(half[:], crypto.TEPX25519, anyExchange, 0) == nil {
+		t.Error("the secret did not come back")
 	}
 }
 
@@ -138,8 +139,8 @@ func TestResumedSYNACK(t *testing.T) {
 		s.wantKinds(Install, SendOuter, SendInner)
 		e := s.installed()
 		s.wantResumed(e, u)
-		if !e.Unheard || !e.PeerAware {
-			t.Errorf("unheard %v, application-aware peer %v", e.Unheard, e.PeerAware)
+		if !e.Unheard || !e.PeerAppAware {
+			t.Errorf("unheard %v, application-aware peer %v", e.Unheard, e.PeerAppAware)
 		}
 		if ack := s.one(SendOuter); !hasENO(ack.Options()) || ack.Ack != peerISS+1 || ack.Len() != 0 {
 			t.Errorf("sent %+v", ack)
@@ -227,14 +228,14 @@ func TestResumeRefused(t *testing.T) {
 func TestResumeNoRoomInSYNACK(t *testing.T) {
 	cfg, peer := withSecret(crypto.RoleB, crypto.TEPX25519)
 	s := newScript(t, cfg)
-	s.proposed(peer)
+	half := s.proposed(peer).ours()
 	s.inner(tcp{seq: localISS, ack: peerISS + 1, flags: packet.SYN | packet.ACK, wnd: 65160, opts: append(linuxSYN(1460, 11, 21), 254, 4, 0, 0)})
 	o := readSYNOptions(s.one(SendOuter).Options())
 	if want := option(1, x25519); !bytes.Equal(o.option(), want) {
 		t.Errorf("answered %x, want %x", o.option(), want)
 	}
-	if n := cfg.Cache.List(0)[0].Next; n != 1 {
-		t.Errorf("next secret %d, want 1", n)
+	if cfg.Cache.reserve(half[:], crypto.TEPX25519, anyExchange, 0) == nil {
+		t.Error("the secret did not come back")
 	}
 }
 
@@ -345,6 +346,42 @@ func TestCrossedAbort(t *testing.T) {
 	}
 }
 
+// Those who share an address with a peer that comes back, or with one that never
+// does, do not take each other's place for ever.
+func TestCacheSharedAddress(t *testing.T) {
+	c := NewCache(0, 0)
+	key := link{}.key(1, clientPort, 2, serverPort)
+	add := func(n int) *chain {
+		s := crypto.NewSession(crypto.RoleA, crypto.AES128GCM, x25519, nil, nil, nil, binary.BigEndian.AppendUint16(nil, uint16(n)), []byte{1})
+		c.add(&key, false, crypto.TEPX25519, crypto.AES128GCM, crypto.RoleB, s.NextSecret(), 0)
+		chains := c.peers[key.Remote]
+		return chains[len(chains)-1]
+	}
+	back := func(h *chain) bool {
+		if h.age == nil {
+			return false
+		}
+		c.served(c.reserve(h.secrets[0].theirs[:], h.tep, anyExchange, 0), true)
+		return true
+	}
+	first := add(0)
+	back(first)
+	for n := range 3 * chainsPerPeer {
+		add(1 + n)
+	}
+	if !back(first) {
+		t.Error("the host that comes back lost its place to strangers")
+	}
+	for n := range 3 * chainsPerPeer {
+		if !back(add(100 + n)) {
+			t.Fatal("no place for another host")
+		}
+	}
+	if back(first) || len(c.peers[key.Remote]) != chainsPerPeer {
+		t.Errorf("%d key exchanges of one address", len(c.peers[key.Remote]))
+	}
+}
+
 // Sessions that were resumed expire in their turn, too, and an idle host may be
 // told the time.
 func TestCacheExpiryOrder(t *testing.T) {
@@ -365,5 +402,81 @@ func TestCacheExpiryOrder(t *testing.T) {
 		if n := len(c.peers); n != 5-i || len(c.halves) != n*lookahead || c.all.Len() != n || c.untried.Len()+c.proven.Len() != n {
 			t.Errorf("%d exchanges, %d identifiers left", n, len(c.halves))
 		}
+	}
+}
+
+// What comes of a SYN whose options leave no room for resumption, but for fresh
+// exchange: the secret stays for the next one.
+func TestResumeNoRoomInSYN(t *testing.T) {
+	cfg, _ := withSecret(crypto.RoleA, crypto.TEPX25519)
+	s := newScript(t, cfg)
+	s.inner(tcp{seq: localISS, flags: packet.SYN, wnd: 64240, opts: append(linuxSYN(1460, 11, 0), 254, 4, 0, 0)})
+	o := readSYNOptions(s.one(SendOuter).Options())
+	if e, err := ParseENO(o.option()); err != nil || e.Vacuous() || isResumption(e.Subs[len(e.Subs)-1]) {
+		t.Errorf("offer %x", o.option())
+	}
+	if l := cfg.Cache.List(0); len(l) != 1 || l[0].Next != 1 {
+		t.Errorf("cached: %+v", l)
+	}
+	s = newScript(t, cfg)
+	s.connect()
+	if e, err := ParseENO(s.localENO); err != nil || !isResumption(e.Subs[len(e.Subs)-1]) {
+		t.Errorf("offer %x", s.localENO)
+	}
+	if n := cfg.Cache.List(0)[0].Next; n != 2 {
+		t.Errorf("next secret %d, want 2", n)
+	}
+}
+
+// Without randomness for a nonce a proposal is not answered, and stays unused.
+func TestResumeAnswerWithoutRandomness(t *testing.T) {
+	cfg, peer := withSecret(crypto.RoleB, crypto.TEPX25519)
+	s := newScript(t, cfg)
+	s.m.rand = bytes.NewReader(nil)
+	half := s.proposed(peer).ours()
+	s.wantReport(StatePlain, ReasonNoRandom)
+	if cfg.Cache.reserve(half[:], crypto.TEPX25519, anyExchange, 0) == nil {
+		t.Error("the secret did not come back")
+	}
+}
+
+// The peer's SYN-ACK may come before the inner stack has answered its SYN.
+func TestCrossedEarly(t *testing.T) {
+	s := newScript(t, Config{TEPs: []crypto.TEP{crypto.TEPX25519}})
+	s.connect()
+	s.peerENO = option(1, x25519)
+	s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: withENO(linuxSYN(1400, 21, 0), s.peerENO)})
+	s.outer(synack(s.peerENO))
+	s.none()
+	s.inner(tcp{seq: localISS, ack: peerISS + 1, flags: packet.SYN | packet.ACK, wnd: 65160, opts: linuxSYN(1460, 11, 21)})
+	s.wantReport(StateNegotiating, "")
+	if n, err := crypto.InitLen(s.payload(), crypto.Init1Magic); err != nil || n == 0 {
+		t.Errorf("no Init1: %v", err)
+	}
+}
+
+// The SYN-ACK of the inner stack may have no room for the option of its SYN: ENO
+// is over then.
+func TestCrossedNoRoom(t *testing.T) {
+	s := newScript(t, Config{TEPs: []crypto.TEP{crypto.TEPX25519}})
+	s.connect()
+	s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: withENO(linuxSYN(1400, 21, 0), option(1, x25519))})
+	s.inner(tcp{seq: localISS, ack: peerISS + 1, flags: packet.SYN | packet.ACK, wnd: 65160, opts: append(linuxSYN(1460, 11, 21), append([]byte{254, 20}, make([]byte, 18)...)...)})
+	s.wantKinds(SendOuter, Undivert)
+	s.wantReport(StatePlain, ReasonNoRoom)
+}
+
+// When all have come back, the one that did so first goes first.
+func TestCacheEvictsProven(t *testing.T) {
+	c := NewCache(3, 0)
+	for n := range byte(4) {
+		s := crypto.NewSession(crypto.RoleA, crypto.AES128GCM, x25519, nil, nil, nil, []byte{n}, []byte{1})
+		k := link{}.key(1, clientPort, 10+n, serverPort)
+		c.add(&k, true, crypto.TEPX25519, crypto.AES128GCM, crypto.RoleA, s.NextSecret(), 0)
+		c.served(c.propose(&k, anyExchange, 0), true)
+	}
+	first := link{}.key(1, clientPort, 10, serverPort)
+	if c.all.Len() != 3 || c.propose(&first, anyExchange, 0) != nil {
+		t.Errorf("%d exchanges", c.all.Len())
 	}
 }

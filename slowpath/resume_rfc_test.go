@@ -194,3 +194,22 @@ func TestSecretsStayInMemory(t *testing.T) {
 		t.Errorf("only %d files", seen)
 	}
 }
+
+// A secret that the peer named counts as used to negotiate, also when nothing
+// came of it: it is not proposed (RFC 8548 section 3.5).
+func TestNamedSecretNotProposed(t *testing.T) {
+	h := newHosts(t)
+	h.encrypted(false)
+	all := func(crypto.TEP, crypto.AEAD) bool { return true }
+	l := link{}
+	ka, kb := l.key(1, clientPort, 2, serverPort), l.key(2, serverPort, 1, clientPort)
+	half := h.a.Cache.propose(&ka, all, 0).ours()
+	u := h.b.Cache.reserve(half[:], crypto.TEPX25519, all, 0)
+	if u == nil || u.i != 1 {
+		t.Fatalf("reserved %+v", u)
+	}
+	h.b.Cache.restore(u)
+	if p := h.b.Cache.propose(&kb, all, 0); p == nil || p.i != 2 {
+		t.Errorf("proposes %+v, want secret 2", p)
+	}
+}

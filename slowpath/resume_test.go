@@ -228,7 +228,7 @@ func TestUnusedProposal(t *testing.T) {
 	h.encrypted(false)
 	var syn []byte
 	h.wire = func(_ int, _ *simHost, f []byte) []delivery {
-		if p := parse(t, f, packet.FromInner); isSYN(p) {
+		if p := parse(t, f, packet.FromInner); isSYN(p) && syn == nil {
 			syn = bytes.Clone(f)
 		}
 		return nil
@@ -249,9 +249,6 @@ func TestUnusedProposal(t *testing.T) {
 		}
 	}
 	s.tick(2 * time.Minute)
-	if n := h.b.Cache.List(0)[0].Next; n != 1 {
-		t.Errorf("next secret %d after a proposal that came to nothing, want 1", n)
-	}
 	s = newScript(t, h.b)
 	s.input(packet.FromOuter, replay(t, syn, 3))
 	if sub := s.answer(t); !sub.V {

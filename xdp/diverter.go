@@ -65,7 +65,6 @@ const (
 	controlEnabled = iota
 	controlGeneric
 	controlBeat
-	controlRequire
 )
 
 // HostAttachConfig says what a Diverter is attached to.
@@ -81,8 +80,8 @@ type HostAttachConfig struct {
 	// is implied by an MTU above 3506 and goes with SocketConfig.MultiBuffer.
 	Frags bool
 
-	// Ports and Exclude are inclusive ranges of TCP ports; see SetPorts.
-	Ports, Exclude [][2]uint16
+	// Policy selects the SYNs that are diverted.
+	Policy Policy
 
 	Flows int // most connections; 0 means DefaultFlows
 
@@ -148,7 +147,7 @@ func AttachHost(cfg HostAttachConfig) (_ *Diverter, err error) {
 		return nil, err
 	}
 	d.flows = newFlowMap(d.collection.Maps["flows"], d.collection.Maps["pairs"])
-	if err := d.SetPorts(cfg.Ports, cfg.Exclude); err != nil {
+	if err := d.SetPolicy(cfg.Policy); err != nil {
 		return nil, err
 	}
 	if err := d.beat(); err != nil {
@@ -345,34 +344,10 @@ func (d *Diverter) Delete(key FlowKey) error { return d.flows.delete(key) }
 // SteeringProgram returns the program for TAP.SetSteering.
 func (d *Diverter) SteeringProgram() *ebpf.Program { return d.collection.Programs["tap_steer"] }
 
-// SetPorts selects the connections whose SYNs are diverted: those with the
-// local or the remote port in include and neither in exclude. An empty include
-// means all ports. The ranges are inclusive. While it runs, SYNs may be judged
-// by a mixture of the old and the new ports.
-func (d *Diverter) SetPorts(include, exclude [][2]uint16) error {
-	if len(include) == 0 {
-		include = [][2]uint16{{0, 65535}}
-	}
-	var ports bpf.HostPorts
-	set := func(bits *[1024]uint64, ranges [][2]uint16) error {
-		for _, r := range ranges {
-			if r[0] > r[1] {
-				return fmt.Errorf("xdp: port range %d-%d is empty", r[0], r[1])
-			}
-			for p := int(r[0]); p <= int(r[1]); p++ {
-				bits[p/64] |= 1 << (p % 64)
-			}
-		}
-		return nil
-	}
-	if err := errors.Join(set(&ports.Include, include), set(&ports.Exclude, exclude)); err != nil {
-		return err
-	}
-	if err := d.collection.Maps["ports"].Put(uint32(0), &ports); err != nil {
-		return fmt.Errorf("xdp: write eBPF port map: %w", err)
-	}
-	return nil
-}
+// SetPolicy selects the connections whose SYNs are diverted: those from this
+// host that are not to be plain, and from the wire those of them that carry an
+// ENO option or that the process is to refuse.
+func (d *Diverter) SetPolicy(p Policy) error { return p.write(d.collection.Maps["policy"]) }
 
 // Enable says whether SYNs are diverted. Inserted connections are in any case.
 func (d *Diverter) Enable(on bool) error {
@@ -381,16 +356,6 @@ func (d *Diverter) Enable(on bool) error {
 		value = 1
 	}
 	return d.control(controlEnabled, value)
-}
-
-// Require says whether SYNs from the wire are diverted even when they carry no
-// ENO option, so that the process can refuse them.
-func (d *Diverter) Require(on bool) error {
-	value := uint64(0)
-	if on {
-		value = 1
-	}
-	return d.control(controlRequire, value)
 }
 
 // Beat tells the programs that the process works; with

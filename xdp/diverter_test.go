@@ -230,7 +230,7 @@ func TestDiverterRelay(t *testing.T) {
 					if v6 {
 						host, peer = hostAddr6, peerAddr6
 					}
-					guard, leftovers, err := OpenGuard(l.nic.Attrs().Index, r.diverter.Mark())
+					guard, leftovers, err := OpenGuard(l.nic.Attrs().Index, r.diverter.Mark(), Policy{})
 					if err != nil || len(leftovers) != 0 {
 						t.Fatalf("guard: %v, %v", leftovers, err)
 					}
@@ -290,7 +290,7 @@ func TestDiverterSYN(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tap.Close()
-	d, err := AttachHost(HostAttachConfig{Ifindex: l.nic.Attrs().Index, TAPIfindex: tap.Ifindex(), Mode: ModeAuto, Ports: [][2]uint16{{8000, 8010}}, Exclude: [][2]uint16{{8005, 8005}}})
+	d, err := AttachHost(HostAttachConfig{Ifindex: l.nic.Attrs().Index, TAPIfindex: tap.Ifindex(), Mode: ModeAuto, Policy: Policy{Ports: [][2]uint16{{8000, 8010}}, Exclude: [][2]uint16{{8005, 8005}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -439,7 +439,7 @@ func TestAttachErrors(t *testing.T) {
 	attached.Lock()
 	delete(attached.programs, d.program)
 	attached.Unlock()
-	if g, _, err := OpenGuard(cfg.Ifindex, 1); !errors.Is(err, ErrGuardBusy) {
+	if g, _, err := OpenGuard(cfg.Ifindex, 1, Policy{}); !errors.Is(err, ErrGuardBusy) {
 		if err == nil {
 			g.Remove()
 		}
@@ -450,7 +450,7 @@ func TestAttachErrors(t *testing.T) {
 	}
 	for _, cfg := range []HostAttachConfig{
 		{Ifindex: 9999, TAPIfindex: tap.Ifindex()}, {Ifindex: l.nic.Attrs().Index, TAPIfindex: 9999},
-		{Ifindex: l.nic.Attrs().Index, TAPIfindex: tap.Ifindex(), Ports: [][2]uint16{{2, 1}}},
+		{Ifindex: l.nic.Attrs().Index, TAPIfindex: tap.Ifindex(), Policy: Policy{Ports: [][2]uint16{{2, 1}}}},
 	} {
 		if d, err := AttachHost(cfg); err == nil {
 			d.Close()

@@ -33,6 +33,8 @@ var guardCounters = []string{
 	"guard_in_icmp_dropped",
 	"guard_out_flow_dropped",
 	"guard_out_fragment_dropped",
+	"guard_in_refused",
+	"guard_out_refused",
 }
 
 var guardHooks = [...]struct {
@@ -50,6 +52,10 @@ var guardHooks = [...]struct {
 // the diversion ends, but the sockets of the connections live on and would send
 // and take plaintext; the guard's filters stay on the interface and keep them
 // shut until the next process ends them, or a reboot.
+//
+// In the same way it refuses new connections that its policy requires to be
+// encrypted and that nobody diverts: those of this host are reset at once, those
+// from the wire dropped.
 //
 // Methods other than Counters may be called by one goroutine at a time.
 type Guard struct {
@@ -70,7 +76,7 @@ type Guard struct {
 // It is called after AttachHost, which two processes cannot have done on one
 // interface: if the interface's diverting program is another process's, the
 // error is ErrGuardBusy.
-func OpenGuard(ifindex int, mark uint32) (_ *Guard, leftovers [][KeySize]byte, err error) {
+func OpenGuard(ifindex int, mark uint32, policy Policy) (_ *Guard, leftovers [][KeySize]byte, err error) {
 	if mark == 0 {
 		return nil, nil, fmt.Errorf("xdp: guard with mark 0 would let everything in")
 	}
@@ -90,7 +96,7 @@ func OpenGuard(ifindex int, mark uint32) (_ *Guard, leftovers [][KeySize]byte, e
 	if err := checkDiverter(g.device); err != nil {
 		return nil, nil, err
 	}
-	if err := g.load(mark); err != nil {
+	if err := g.load(mark, policy); err != nil {
 		return nil, nil, err
 	}
 	old, err := g.find()
@@ -135,7 +141,7 @@ func checkDiverter(device netlink.Link) error {
 	return fmt.Errorf("%w (XDP program %d)", ErrGuardBusy, id)
 }
 
-func (g *Guard) load(mark uint32) error {
+func (g *Guard) load(mark uint32, policy Policy) error {
 	spec, err := bpf.LoadGuard()
 	if err != nil {
 		return fmt.Errorf("read eBPF object: %w", err)
@@ -147,7 +153,7 @@ func (g *Guard) load(mark uint32) error {
 		return loadError(err)
 	}
 	g.flows = newFlowMap(g.collection.Maps["guard_flows"], g.collection.Maps["guard_pairs"])
-	return nil
+	return policy.write(g.collection.Maps["policy"])
 }
 
 // find returns the programs of the guard's filters on the interface, and sets
@@ -344,6 +350,59 @@ func (g *Guard) Remove() error {
 		return fmt.Errorf("xdp: remove guard from %s: %w", g.device.Attrs().Name, err)
 	}
 	return nil
+}
+
+// RemoveGuard takes the guard that an earlier process left off an interface of
+// the calling thread's network namespace, and returns the connections that it
+// kept shut (without VLAN); their sockets are ended first by end, and the guard
+// stays if that fails. Without a guard it does nothing. The error is ErrGuardBusy
+// if a process diverts connections of the interface.
+func RemoveGuard(ifindex int, end func([KeySize]byte) error) (found bool, ended int, err error) {
+	g := &Guard{}
+	defer g.Close()
+	if g.netlink, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return false, 0, err
+	}
+	if g.device, err = g.netlink.LinkByIndex(ifindex); err != nil {
+		return false, 0, fmt.Errorf("xdp: interface %d: %w", ifindex, err)
+	}
+	if err := checkDiverter(g.device); err != nil {
+		return false, 0, err
+	}
+	programs, err := g.find()
+	if err != nil || len(programs) == 0 {
+		return false, 0, err
+	}
+	seen := make(map[FlowKey]bool)
+	for _, id := range programs {
+		keys, err := listedBy(id)
+		if err != nil {
+			return true, ended, err
+		}
+		for _, k := range keys {
+			if seen[k] {
+				continue
+			}
+			seen[k] = true
+			if err := end(k); err != nil {
+				return true, ended, fmt.Errorf("xdp: the guard of %s stays: %w", g.device.Attrs().Name, err)
+			}
+			ended++
+		}
+	}
+	// The filters go by handle and priority; the programs are the kernel's.
+	g.collection = &ebpf.Collection{Programs: map[string]*ebpf.Program{}}
+	for i, hook := range guardHooks {
+		p, err := ebpf.NewProgramFromID(programs[min(i, len(programs)-1)])
+		if err != nil {
+			return true, ended, fmt.Errorf("xdp: open the guard of %s: %w", g.device.Attrs().Name, err)
+		}
+		g.collection.Programs[hook.program] = p
+	}
+	if err := g.uninstall(); err != nil {
+		return true, ended, fmt.Errorf("xdp: remove guard from %s: %w", g.device.Attrs().Name, err)
+	}
+	return true, ended, nil
 }
 
 // Close gives up the guard and leaves it in force, as the death of the process

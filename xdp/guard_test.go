@@ -89,7 +89,7 @@ func divertedStream(t *testing.T, r *relay, g *Guard, port uint16) stream {
 
 func (r *relay) openGuard(t *testing.T) *Guard {
 	t.Helper()
-	g, left, err := OpenGuard(r.nic.Attrs().Index, r.diverter.Mark())
+	g, left, err := OpenGuard(r.nic.Attrs().Index, r.diverter.Mark(), Policy{})
 	if err != nil || len(left) != 0 {
 		t.Fatalf("leftovers %v, %v", left, err)
 	}
@@ -170,7 +170,7 @@ func TestGuardOutlivesDiverter(t *testing.T) {
 	}
 	noPlaintext(t, l, wire)
 	r.diverter.mark += 2
-	g, left, err := OpenGuard(l.nic.Attrs().Index, r.diverter.mark)
+	g, left, err := OpenGuard(l.nic.Attrs().Index, r.diverter.mark, Policy{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,7 +228,7 @@ func TestGuardChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g, _, err := OpenGuard(ifindex, d.Mark())
+	g, _, err := OpenGuard(ifindex, d.Mark(), Policy{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +269,7 @@ func TestGuardKilled(t *testing.T) {
 	}
 
 	// While it lives, there is no second one.
-	if _, _, err := OpenGuard(ifindex, 1); !errors.Is(err, ErrGuardBusy) {
+	if _, _, err := OpenGuard(ifindex, 1, Policy{}); !errors.Is(err, ErrGuardBusy) {
 		t.Errorf("guard beside a live process: %v", err)
 	}
 	if err := child.Process.Kill(); err != nil {
@@ -283,7 +283,7 @@ func TestGuardKilled(t *testing.T) {
 	if _, err := netlink.LinkByName("tcpcrypt0"); err == nil {
 		t.Error("the TAP device outlived the process")
 	}
-	g, left, err := OpenGuard(ifindex, 1)
+	g, left, err := OpenGuard(ifindex, 1, Policy{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,10 +299,10 @@ func TestGuardKilled(t *testing.T) {
 func TestGuardSharesQdisc(t *testing.T) {
 	l := newLab(t, 1, 1500)
 	index := l.nic.Attrs().Index
-	if _, _, err := OpenGuard(index, 0); err == nil {
+	if _, _, err := OpenGuard(index, 0, Policy{}); err == nil {
 		t.Error("mark 0 was accepted")
 	}
-	g, _, err := OpenGuard(index, 7)
+	g, _, err := OpenGuard(index, 7, Policy{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -330,7 +330,7 @@ func TestGuardSharesQdisc(t *testing.T) {
 		t.Fatalf("the other filter is gone: %v, %v", filters, err)
 	}
 	// The next guard finds the qdisc and leaves it.
-	if g, _, err = OpenGuard(index, 7); err != nil {
+	if g, _, err = OpenGuard(index, 7, Policy{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := netlink.FilterDel(foreign); err != nil {
@@ -345,7 +345,7 @@ func TestGuardSharesQdisc(t *testing.T) {
 	}
 
 	// A guard whose interface goes.
-	if g, _, err = OpenGuard(index, 7); err != nil {
+	if g, _, err = OpenGuard(index, 7, Policy{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := netlink.LinkDel(l.nic); err != nil {

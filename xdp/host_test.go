@@ -47,7 +47,7 @@ func hostPrograms(t *testing.T, heartbeat uint64) *ebpf.Collection {
 	}
 	t.Cleanup(c.Close)
 	d := &Diverter{collection: c, flows: newFlowMap(c.Maps["flows"], c.Maps["pairs"])}
-	if err := d.SetPorts([][2]uint16{{80, 81}}, [][2]uint16{{81, 81}}); err != nil {
+	if err := d.SetPolicy(Policy{Ports: [][2]uint16{{80, 81}}, Exclude: [][2]uint16{{81, 81}}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.Enable(true); err != nil {

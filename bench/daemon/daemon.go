@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
 )
 
 // Build compiles the program into dir and returns its path. The go command is
@@ -139,6 +141,34 @@ func (d *Daemon) Status(ctx context.Context) (s fastpath.Status, err error) {
 func (d *Daemon) Stats(ctx context.Context) (s fastpath.Stats, err error) {
 	err = d.ask(ctx, &s, "stats")
 	return s, err
+}
+
+// Session returns `tcpcrypt session` of the connection between two endpoints.
+func (d *Daemon) Session(ctx context.Context, local, remote net.Addr) (f fastpath.FlowInfo, err error) {
+	err = d.ask(ctx, &f, "session", local.String(), remote.String())
+	return f, err
+}
+
+// Cache returns what `tcpcrypt cache list` lists.
+func (d *Daemon) Cache(ctx context.Context) (es []slowpath.CacheEntry, err error) {
+	err = d.ask(ctx, &es, "cache", "list")
+	return es, err
+}
+
+// FlushCache runs `tcpcrypt cache flush`, for the peers given or for all of
+// them, and returns how many sessions it erased.
+func (d *Daemon) FlushCache(ctx context.Context, peer ...string) (int, error) {
+	return d.count(ctx, append([]string{"cache", "flush"}, peer...)...)
+}
+
+// Rekey runs `tcpcrypt rekey` for all connections, and returns on how many
+// rekeying has begun.
+func (d *Daemon) Rekey(ctx context.Context) (int, error) { return d.count(ctx, "rekey") }
+
+func (d *Daemon) count(ctx context.Context, args ...string) (int, error) {
+	var n struct{ Count int }
+	err := d.ask(ctx, &n, args...)
+	return n.Count, err
 }
 
 // Flow returns the one flow that is encrypted or closing.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
@@ -55,10 +56,34 @@ type watch struct {
 	mu      sync.Mutex
 	plain   int // segments that hold the canary
 	enoSYN  int
+	inits   int // segments that begin with an Init message
 	payload int64
+	offers  []offer
 }
 
-func (w *watch) tap(l lab.Link, _ lab.Dir, b []byte) {
+// offer is a SYN or SYN-ACK that carried an ENO option.
+type offer struct {
+	dir    lab.Dir
+	synack bool
+	frame  []byte
+	option []byte // kind and length included
+}
+
+// resumption returns the first suboption that proposes or accepts a resumption.
+func (o *offer) resumption() (data []byte, ok bool) {
+	e, err := slowpath.ParseENO(o.option)
+	if err != nil {
+		return nil, false
+	}
+	for _, s := range e.Subs {
+		if s.V {
+			return s.Data, true
+		}
+	}
+	return nil, false
+}
+
+func (w *watch) tap(l lab.Link, d lab.Dir, b []byte) {
 	if l != lab.LinkA {
 		return
 	}
@@ -72,10 +97,16 @@ func (w *watch) tap(l lab.Link, _ lab.Dir, b []byte) {
 	if bytes.Contains(s.Payload(), canary[:24]) {
 		w.plain++
 	}
+	if s.Len() >= 4 {
+		if magic := binary.BigEndian.Uint32(s.Payload()); magic == crypto.Init1Magic || magic == crypto.Init2Magic {
+			w.inits++
+		}
+	}
 	if s.Flags&packet.SYN != 0 {
 		_ = packet.WalkOptions(s.Options(), func(o []byte) bool {
 			if o[0] == packet.OptENO {
 				w.enoSYN++
+				w.offers = append(w.offers, offer{d, s.Flags&packet.ACK != 0, bytes.Clone(b), bytes.Clone(o)})
 			}
 			return true
 		})
@@ -86,6 +117,27 @@ func (w *watch) seen() (plain, eno int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.plain, w.enoSYN
+}
+
+// since returns the offers from the n-th on.
+func (w *watch) since(n int) []offer {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.offers[n:])
+}
+
+// exchanges returns how many Init messages were sent.
+func (w *watch) exchanges() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.inits
+}
+
+// data returns how many bytes of payload were on the wire.
+func (w *watch) data() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.payload
 }
 
 // bed is two hosts with a watched wire between them.
@@ -501,10 +553,16 @@ func TestShortConnections(t *testing.T) {
 	}
 }
 
-// A server that echoes, for tests of many connections.
+// echo is a server that echoes, for tests of many connections.
 func (b *bed) echo() net.Listener {
 	b.t.Helper()
-	ln, err := b.path.B.NS.Listen("tcp", net.JoinHostPort(b.path.B.Addr4().String(), "0"))
+	return b.echoAt(false)
+}
+
+func (b *bed) echoAt(v6 bool) net.Listener {
+	b.t.Helper()
+	ip, _ := b.addr(v6)
+	ln, err := b.path.B.NS.Listen("tcp", net.JoinHostPort(ip.String(), "0"))
 	if err != nil {
 		b.t.Fatal(err)
 	}

@@ -313,6 +313,9 @@ func printSession(w io.Writer, f fastpath.FlowInfo) {
 		fmt.Fprintf(w, "role\t%s\n", f.Role)
 		fmt.Fprintf(w, "TEP\t%s\n", f.TEP)
 		fmt.Fprintf(w, "AEAD\t%s\n", f.AEAD)
+		if f.PeerAware {
+			fmt.Fprintf(w, "peer\tapplication-aware\n")
+		}
 	})
 }
 

@@ -44,6 +44,7 @@ type settings struct {
 	rekeyFrames  size
 	rekeyEvery   time.Duration
 	tcpKeepalive bool
+	keepGuard    bool
 	rules        []fastpath.Rule // of the file only
 	control      string
 	metrics      string
@@ -87,6 +88,7 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.DurationVar(&s.rekeyEvery, "rekey-every", 0, "change a key that has been used so long (default never)")
 	fs.BoolVar(&s.tcpKeepalive, "tcp-keepalive", false, "relay TCP keep-alives as they are, instead of asking the peer for an authenticated answer")
 	fs.BoolVar(&s.require, "require", false, "refuse connections that would stay plain")
+	fs.BoolVar(&s.keepGuard, "keep-guard", false, "after SIGTERM, still refuse connections that must not be plain, until the next start or --cleanup")
 	fs.StringVar(&s.control, "control", defaultControl, "`PATH` of the control socket; needed where several daemons run")
 	fs.StringVar(&s.metrics, "metrics", "", "serve Prometheus metrics at `ADDR`, like 127.0.0.1:9433")
 	fs.Var(&s.logFormat, "log-format", "format of the log on stderr")
@@ -132,9 +134,9 @@ func (s *settings) hostConfig(log *slog.Logger) fastpath.HostConfig {
 
 		ResumeNonce: s.resumeNonce,
 		RekeyBytes:  uint64(s.rekeyBytes), RekeyFrames: uint64(s.rekeyFrames), RekeyEvery: s.rekeyEvery,
-		TCPKeepalive: s.tcpKeepalive,
-		Rules:        s.rules,
-		Log:          log,
+		TCPKeepalive: s.tcpKeepalive, KeepGuard: s.keepGuard,
+		Rules: s.rules,
+		Log:   log,
 	}
 }
 

@@ -70,7 +70,7 @@ func TestConfigFile(t *testing.T) {
 
 		ResumeNonce: 4,
 		RekeyBytes:  1 << 20, RekeyFrames: 5000, RekeyEvery: time.Hour,
-		TCPKeepalive: true,
+		TCPKeepalive: true, KeepGuard: true,
 		Rules: []fastpath.Rule{
 			{RemotePorts: []fastpath.PortRange{{First: 22, Last: 22}, {First: 443, Last: 445}}, Policy: slowpath.Policy{Verdict: slowpath.Plain}},
 			{
@@ -86,6 +86,7 @@ func TestConfigFile(t *testing.T) {
 			rekey-frames = 5000
 			rekey-every = "1h"
 			tcp-keepalive = true
+			keep-guard = true
 			[[rule]]
 			remote-ports = [22, "443-445"]
 			action = "plain"

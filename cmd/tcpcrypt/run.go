@@ -21,6 +21,7 @@ func newRunCommand(start startFunc) *cobra.Command {
 	s := newSettings()
 	flags := s.flags()
 	var config string
+	var clean bool
 	cmd := &cobra.Command{
 		Use:   "run --interface IF",
 		Short: "Run the daemon in the foreground",
@@ -42,13 +43,31 @@ The file may also have rules, which no flag can express.`,
 			if err := s.check(); err != nil {
 				return err
 			}
+			if clean {
+				return cleanup(s.iface, cmd.OutOrStdout())
+			}
 			return runDaemon(cmd.Context(), s, start, cmd.ErrOrStderr())
 		},
 	}
 	cmd.Flags().SortFlags = false
 	cmd.Flags().AddFlagSet(flags)
+	cmd.Flags().BoolVar(&clean, "cleanup", false, "remove what a killed daemon left on the interface, and end")
 	cmd.Flags().StringVar(&config, "config", "", "read TOML `FILE`, whose keys are the other flags")
 	return cmd
+}
+
+// cleanup removes what a daemon left on the interface.
+func cleanup(iface string, w io.Writer) error {
+	found, ended, err := fastpath.Cleanup(iface)
+	switch {
+	case err != nil:
+		return failure{err}
+	case !found:
+		_, err = fmt.Fprintf(w, "nothing is left on %s\n", iface)
+	default:
+		_, err = fmt.Fprintf(w, "guard removed from %s, %d connections ended\n", iface, ended)
+	}
+	return outputError(err)
 }
 
 // runDaemon runs until a signal, until ctx is done, or until the host dies.

@@ -2,9 +2,10 @@
 //go:build ignore
 
 /* The guard: keeps listed connections shut except for what the process
- * injects, and outlives the process. The filters stay on the interface until
- * they are removed, and run behind the programs that divert. */
-#include "packet.h"
+ * injects, refuses new ones that must not be plain, and outlives the process.
+ * The filters stay on the interface until they are removed, and run behind the
+ * programs that divert. */
+#include "policy.h"
 
 #define MAX_FLOWS 262144
 #define MAX_TAGS 4
@@ -36,6 +37,8 @@ enum counter {
 	INGRESS_COUNT_ICMP,
 	EGRESS_COUNT_FLOW,
 	EGRESS_COUNT_FRAGMENT,
+	INGRESS_COUNT_REFUSED,
+	EGRESS_COUNT_REFUSED,
 	COUNTER_MAX,
 };
 
@@ -62,7 +65,8 @@ static __always_inline int walk_ports(struct __sk_buff *skb, __u32 at, struct pa
 {
 	__be16 ports[2];
 
-	if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports)))
+	if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports)) ||
+	    bpf_skb_load_bytes(skb, at + 13, &p->flags, sizeof(p->flags)))
 		return KIND_TCP_FRAGMENT;
 	set_ports(&p->key, ports, outbound);
 	return KIND_TCP;
@@ -152,32 +156,110 @@ static __noinline int walk(struct __sk_buff *skb, struct packet *p, bool outboun
 	return KIND_OTHER;
 }
 
-enum listed { UNLISTED, LISTED_FLOW, LISTED_FRAGMENT, LISTED_ICMP };
+enum listed { UNLISTED, LISTED_FLOW, LISTED_FRAGMENT, LISTED_ICMP, REFUSED };
 
-static __always_inline enum listed look_up(struct __sk_buff *skb, bool outbound)
+static __always_inline enum listed look_up(struct __sk_buff *skb, struct packet *p, bool outbound)
 {
-	struct packet p = {};
 	struct pair_key pair;
-	int kind = parse_skb(skb, &p, outbound);
+	int kind = parse_skb(skb, p, outbound);
 
-	if (kind == KIND_EXTENSION || kind == KIND_STACKED)
-		kind = walk(skb, &p, outbound);
-	p.key.vlan = 0;
+	if (kind == KIND_EXTENSION || kind == KIND_STACKED) {
+		p->tcp = 0;
+		kind = walk(skb, p, outbound);
+	}
+	p->key.vlan = 0;
 	switch (kind) {
 	case KIND_TCP:
-		return bpf_map_lookup_elem(&guard_flows, &p.key) ? LISTED_FLOW : UNLISTED;
+		if (bpf_map_lookup_elem(&guard_flows, &p->key))
+			return LISTED_FLOW;
+		return is_syn(p->flags) && verdict(&p->key) == VERDICT_REQUIRE ? REFUSED : UNLISTED;
 	case KIND_ICMP_ERROR:
-		return bpf_map_lookup_elem(&guard_flows, &p.key) ? LISTED_ICMP : UNLISTED;
+		return bpf_map_lookup_elem(&guard_flows, &p->key) ? LISTED_ICMP : UNLISTED;
 	case KIND_TCP_FRAGMENT:
-		pair = pair_of(&p.key);
+		pair = pair_of(&p->key);
 		return bpf_map_lookup_elem(&guard_pairs, &pair) ? LISTED_FRAGMENT : UNLISTED;
 	}
 	return UNLISTED;
 }
 
+struct tcp_reset {
+	__be16 sport, dport;
+	__be32 seq, ack;
+	__u8 offset, flags;
+	__be16 window;
+	__sum16 check;
+	__be16 urgent;
+};
+
+static __always_inline __sum16 fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+/* refuse turns a SYN of the local stack into the reset that answers it, so that
+ * connect fails at once. What cannot be turned is dropped, and times out. */
+static __noinline int refuse(struct __sk_buff *skb, struct packet *p)
+{
+	struct tcp_reset t, r = {.offset = TCP_HEADER / 4 << 4, .flags = TCP_RST | TCP_ACK};
+	__u8 macs[2 * ETH_ALEN], swapped[2 * ETH_ALEN], version;
+	__be32 pseudo[10] = {};
+	__be16 length = bpf_htons(TCP_HEADER), old;
+	__u32 l3, l4;
+	__s64 sum;
+
+	if (!p || !p->tcp) /* behind extension headers */
+		return TC_ACT_SHOT;
+	l3 = p->l3;
+	l4 = p->tcp;
+	if (bpf_skb_load_bytes(skb, l4, &t, sizeof(t)) || bpf_skb_load_bytes(skb, 0, macs, sizeof(macs)) ||
+	    bpf_skb_load_bytes(skb, l3, &version, 1))
+		return TC_ACT_SHOT;
+	__builtin_memcpy(swapped, macs + ETH_ALEN, ETH_ALEN);
+	__builtin_memcpy(swapped + ETH_ALEN, macs, ETH_ALEN);
+	r.sport = t.dport;
+	r.dport = t.sport;
+	r.ack = bpf_htonl(bpf_ntohl(t.seq) + 1);
+	__builtin_memcpy(pseudo, p->key.local, 16);
+	__builtin_memcpy(pseudo + 4, p->key.remote, 16);
+	if (version >> 4 == 4) /* v4-mapped */
+		pseudo[2] = pseudo[6] = 0;
+	pseudo[8] = bpf_htonl(TCP_HEADER);
+	pseudo[9] = bpf_htonl(IPPROTO_TCP);
+	sum = bpf_csum_diff(0, 0, pseudo, sizeof(pseudo), 0);
+	if (sum < 0)
+		return TC_ACT_SHOT;
+	sum = bpf_csum_diff(0, 0, (__be32 *)&r, sizeof(r), sum);
+	if (sum < 0)
+		return TC_ACT_SHOT;
+	r.check = fold(sum);
+	if (bpf_skb_change_tail(skb, l4 + TCP_HEADER, 0) ||
+	    bpf_skb_store_bytes(skb, 0, swapped, sizeof(swapped), 0) ||
+	    bpf_skb_store_bytes(skb, l4, &r, sizeof(r), 0))
+		return TC_ACT_SHOT;
+	if (version >> 4 == 4) {
+		length = bpf_htons(l4 - l3 + TCP_HEADER);
+		if (bpf_skb_load_bytes(skb, l3 + 2, &old, 2) || bpf_l3_csum_replace(skb, l3 + 10, old, length, 2) ||
+		    bpf_skb_store_bytes(skb, l3 + 2, &length, 2, 0) ||
+		    bpf_skb_store_bytes(skb, l3 + 12, &p->key.remote[3], 4, 0) ||
+		    bpf_skb_store_bytes(skb, l3 + 16, &p->key.local[3], 4, 0))
+			return TC_ACT_SHOT;
+	} else if (bpf_skb_store_bytes(skb, l3 + 4, &length, 2, 0) ||
+		   bpf_skb_store_bytes(skb, l3 + 8, p->key.remote, 16, 0) ||
+		   bpf_skb_store_bytes(skb, l3 + 24, p->key.local, 16, 0)) {
+		return TC_ACT_SHOT;
+	}
+	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+}
+
 SEC("tc")
 int guard_ingress(struct __sk_buff *skb)
 {
+	struct packet p = {};
+
 	if (skb->mark == mark) {
 		/* It has served: routing rules and other programs shall not
 		 * see it, and it shall not get into another interface. */
@@ -185,7 +267,10 @@ int guard_ingress(struct __sk_buff *skb)
 		count(INGRESS_COUNT_INJECTED);
 		return TC_ACT_UNSPEC;
 	}
-	switch (look_up(skb, false)) {
+	switch (look_up(skb, &p, false)) {
+	case REFUSED:
+		count(INGRESS_COUNT_REFUSED);
+		return TC_ACT_SHOT;
 	case LISTED_FLOW:
 		count(INGRESS_COUNT_FLOW);
 		return TC_ACT_SHOT;
@@ -205,7 +290,12 @@ int guard_ingress(struct __sk_buff *skb)
 SEC("tc")
 int guard_egress(struct __sk_buff *skb)
 {
-	switch (look_up(skb, true)) {
+	struct packet p = {};
+
+	switch (look_up(skb, &p, true)) {
+	case REFUSED:
+		count(EGRESS_COUNT_REFUSED);
+		return refuse(skb, &p);
 	case LISTED_FLOW:
 		count(EGRESS_COUNT_FLOW);
 		return TC_ACT_SHOT;

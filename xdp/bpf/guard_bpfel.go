@@ -29,6 +29,24 @@ type GuardPairKey struct {
 	Remote [4]uint32
 }
 
+type GuardPolicy struct {
+	_        structs.HostLayout
+	Rules    uint32
+	Selected uint32
+	Rule     [64]struct {
+		_          structs.HostLayout
+		Local      [4]uint32
+		LocalMask  [4]uint32
+		Remote     [4]uint32
+		RemoteMask [4]uint32
+		Lport      [2]uint16
+		Rport      [2]uint16
+		Verdict    uint32
+	}
+	Include [1024]uint64
+	Exclude [1024]uint64
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -36,6 +54,7 @@ const (
 	GuardMapGuardCounters = "guard_counters"
 	GuardMapGuardFlows    = "guard_flows"
 	GuardMapGuardPairs    = "guard_pairs"
+	GuardMapPolicy        = "policy"
 	GuardProgGuardEgress  = "guard_egress"
 	GuardProgGuardIngress = "guard_ingress"
 	GuardVarMark          = "mark"
@@ -94,6 +113,7 @@ type GuardMapSpecs struct {
 	GuardCounters *ebpf.MapSpec `ebpf:"guard_counters"`
 	GuardFlows    *ebpf.MapSpec `ebpf:"guard_flows"`
 	GuardPairs    *ebpf.MapSpec `ebpf:"guard_pairs"`
+	Policy        *ebpf.MapSpec `ebpf:"policy"`
 }
 
 // GuardVariableSpecs contains global variables before they are loaded into the kernel.
@@ -126,6 +146,7 @@ type GuardMaps struct {
 	GuardCounters *ebpf.Map `ebpf:"guard_counters"`
 	GuardFlows    *ebpf.Map `ebpf:"guard_flows"`
 	GuardPairs    *ebpf.Map `ebpf:"guard_pairs"`
+	Policy        *ebpf.Map `ebpf:"policy"`
 }
 
 func (m *GuardMaps) Close() error {
@@ -133,6 +154,7 @@ func (m *GuardMaps) Close() error {
 		m.GuardCounters,
 		m.GuardFlows,
 		m.GuardPairs,
+		m.Policy,
 	)
 }
 

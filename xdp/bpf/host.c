@@ -7,7 +7,7 @@
  *   wire -> host_xdp -> AF_XDP -> process -> TAP -> tap_ingress -> NIC ingress
  *   stack -> nic_egress -> TAP -> process -> AF_XDP -> wire
  */
-#include "packet.h"
+#include "policy.h"
 
 #define TCX_NEXT TC_ACT_UNSPEC
 #define TCPOPT_EOL 0
@@ -41,25 +41,10 @@ struct {
 	__type(value, __u32);
 } xsks SEC(".maps");
 
-/* A connection is selected when one of its ports is in include and none in
- * exclude. */
-struct ports {
-	__u64 include[1024];
-	__u64 exclude[1024];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct ports);
-} ports SEC(".maps");
-
 enum control {
 	CONTROL_ENABLED, /* SYNs are diverted */
 	CONTROL_GENERIC, /* XDP is generic: injected packets meet it again */
 	CONTROL_BEAT,	 /* CLOCK_MONOTONIC in ns when the process last showed life */
-	CONTROL_REQUIRE, /* SYNs from the wire are diverted without ENO too, to be refused */
 	CONTROL_MAX,
 };
 
@@ -141,42 +126,17 @@ static __always_inline bool stale(void)
 	return (__s64)(bpf_ktime_get_coarse_ns() - control_value(CONTROL_BEAT)) > (__s64)heartbeat_timeout;
 }
 
-static __always_inline bool bit(const __u64 *bits, __be16 port)
-{
-	__u16 n = bpf_ntohs(port);
-
-	return bits[(n >> 6) & 1023] >> (n & 63) & 1;
-}
-
-static __always_inline bool selected(const struct flow_key *key)
-{
-	__u32 zero = 0;
-	struct ports *p;
-
-	if (!control_value(CONTROL_ENABLED))
-		return false;
-	p = bpf_map_lookup_elem(&ports, &zero);
-	if (!p || bit(p->exclude, key->lport) || bit(p->exclude, key->rport))
-		return false;
-	return bit(p->include, key->lport) || bit(p->include, key->rport);
-}
-
-static __always_inline bool is_syn(__u8 flags)
-{
-	return (flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
-}
-
 /* TCP-ENO is RFC 8547, section 4.1: an option of kind 69. */
-static __always_inline bool has_eno(struct xdp_md *ctx, const struct packet *p)
+__noinline int has_eno(struct xdp_md *ctx, __u32 tcp, __u32 header)
 {
 	/* Larger than 40, so that a masked index is inside. */
 	__u8 options[64] = {};
-	__u32 length = p->header - TCP_HEADER;
+	__u32 length = header - TCP_HEADER;
 	__u32 at = 0;
 
 	if (length < 2 || length > TCP_MAX_OPTIONS)
 		return false;
-	if (bpf_xdp_load_bytes(ctx, p->tcp + TCP_HEADER, options, length))
+	if (bpf_xdp_load_bytes(ctx, tcp + TCP_HEADER, options, length))
 		return false;
 	for (int i = 0; i < TCP_MAX_OPTIONS; i++) {
 		__u8 kind, size;
@@ -198,6 +158,23 @@ static __always_inline bool has_eno(struct xdp_md *ctx, const struct packet *p)
 		at += size;
 	}
 	return false;
+}
+
+/* A SYN from the wire is for the process if it offers encryption that is wanted,
+ * and if it is to be refused. One with data that must be discarded is, whatever
+ * the policy says (RFC 8547, section 4.7). */
+static __always_inline bool concerns(struct xdp_md *ctx, const struct packet *p, __u32 size)
+{
+	int v;
+
+	if (!control_value(CONTROL_ENABLED))
+		return false;
+	v = verdict(&p->key);
+	if (v == VERDICT_REQUIRE)
+		return true;
+	if (v == VERDICT_PLAIN && p->tcp + p->header >= size)
+		return false;
+	return has_eno(ctx, p->tcp, p->header);
 }
 
 /* A segment of a listed flow never reaches the stack: what cannot be
@@ -238,8 +215,7 @@ static __always_inline int from_wire(struct xdp_md *ctx)
 			}
 			return to_socket(ctx, XDP_COUNT_FLOW, XDP_COUNT_FLOW_NO_SOCKET, XDP_DROP);
 		}
-		if (is_syn(p.flags) && selected(&p.key) &&
-		    (control_value(CONTROL_REQUIRE) || has_eno(ctx, &p))) {
+		if (is_syn(p.flags) && concerns(ctx, &p, end - data)) {
 			if (stale())
 				return pass(XDP_COUNT_SYN_STALE);
 			return to_socket(ctx, XDP_COUNT_SYN, XDP_COUNT_SYN_NO_SOCKET, XDP_PASS);
@@ -313,7 +289,7 @@ int nic_egress(struct __sk_buff *skb)
 				return shot(EGRESS_COUNT_FLOW_STALE);
 			return to_tap(EGRESS_COUNT_FLOW);
 		}
-		if (is_syn(p.flags) && selected(&p.key)) {
+		if (is_syn(p.flags) && control_value(CONTROL_ENABLED) && verdict(&p.key) != VERDICT_PLAIN) {
 			if (stale())
 				return next(EGRESS_COUNT_SYN_STALE);
 			return to_tap(EGRESS_COUNT_SYN);

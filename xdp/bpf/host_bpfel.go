@@ -29,8 +29,20 @@ type HostPairKey struct {
 	Remote [4]uint32
 }
 
-type HostPorts struct {
-	_       structs.HostLayout
+type HostPolicy struct {
+	_        structs.HostLayout
+	Rules    uint32
+	Selected uint32
+	Rule     [64]struct {
+		_          structs.HostLayout
+		Local      [4]uint32
+		LocalMask  [4]uint32
+		Remote     [4]uint32
+		RemoteMask [4]uint32
+		Lport      [2]uint16
+		Rport      [2]uint16
+		Verdict    uint32
+	}
 	Include [1024]uint64
 	Exclude [1024]uint64
 }
@@ -43,7 +55,7 @@ const (
 	HostMapCounters         = "counters"
 	HostMapFlows            = "flows"
 	HostMapPairs            = "pairs"
-	HostMapPorts            = "ports"
+	HostMapPolicy           = "policy"
 	HostMapXsks             = "xsks"
 	HostProgHostXdp         = "host_xdp"
 	HostProgHostXdpFrags    = "host_xdp_frags"
@@ -115,7 +127,7 @@ type HostMapSpecs struct {
 	Counters *ebpf.MapSpec `ebpf:"counters"`
 	Flows    *ebpf.MapSpec `ebpf:"flows"`
 	Pairs    *ebpf.MapSpec `ebpf:"pairs"`
-	Ports    *ebpf.MapSpec `ebpf:"ports"`
+	Policy   *ebpf.MapSpec `ebpf:"policy"`
 	Xsks     *ebpf.MapSpec `ebpf:"xsks"`
 }
 
@@ -155,7 +167,7 @@ type HostMaps struct {
 	Counters *ebpf.Map `ebpf:"counters"`
 	Flows    *ebpf.Map `ebpf:"flows"`
 	Pairs    *ebpf.Map `ebpf:"pairs"`
-	Ports    *ebpf.Map `ebpf:"ports"`
+	Policy   *ebpf.Map `ebpf:"policy"`
 	Xsks     *ebpf.Map `ebpf:"xsks"`
 }
 
@@ -165,7 +177,7 @@ func (m *HostMaps) Close() error {
 		m.Counters,
 		m.Flows,
 		m.Pairs,
-		m.Ports,
+		m.Policy,
 		m.Xsks,
 	)
 }
