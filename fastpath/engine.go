@@ -46,6 +46,7 @@ const (
 	ReasonPeerSilent    = "peer-silent" // control bytes were never acknowledged
 	ReasonReplaced      = "replaced"    // the local stack reused the ports
 	ReasonShutdown      = "shutdown"    // the daemon was told to stop
+	ReasonRestored      = "vm-restored" // this virtual machine was cloned or restored (T23)
 )
 
 // EngineConfig sizes an Engine. Zero values take the defaults.

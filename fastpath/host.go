@@ -64,6 +64,7 @@ type Host struct {
 
 	link      chan error // the device is down or gone
 	stopLink  func()
+	stopVM    func()
 	draining  atomic.Bool
 	done      chan struct{}
 	err       error
@@ -137,6 +138,10 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	}
 	h.link = make(chan error, 1)
 	if h.stopLink, err = xdp.WatchLink(h.caps.Ifindex, h.link); err != nil {
+		h.stopThreads()
+		return nil, err
+	}
+	if h.stopVM, err = watchVMGeneration(h.restored); err != nil {
 		h.stopThreads()
 		return nil, err
 	}
@@ -333,6 +338,20 @@ func (h *Host) watch() {
 	}
 }
 
+// restored ends what may have been copied with this virtual machine: sessions,
+// keys and nonces (T23).
+func (h *Host) restored() {
+	h.log.Warn("this virtual machine was cloned or restored: encrypted connections end, sessions are erased")
+	h.CacheFlush(netip.Addr{})
+	h.worker.call(func(w *worker) {
+		now := w.now()
+		w.slow.carryOut(w.slow.m.AbortAll(ReasonRestored, now), now)
+		w.eng.AbortAll(ReasonRestored, now)
+	})
+	// What ended meanwhile may have been put back.
+	h.CacheFlush(netip.Addr{})
+}
+
 // beat tells the BPF programs that the daemon works, as long as the worker's
 // rounds go on. Without it they take it for hung, and divert no more SYNs.
 func (h *Host) beat() {
@@ -422,6 +441,9 @@ func (h *Host) stopThreads() {
 }
 
 func (h *Host) detach() error {
+	if h.stopVM != nil {
+		h.stopVM()
+	}
 	if h.stopLink != nil {
 		h.stopLink()
 	}

@@ -472,6 +472,16 @@ func (m *Machine) abort(f *flow, reason string) {
 	m.report(f.info(), StateFailed, reason)
 }
 
+// AbortAll ends every half-open flow with the given reason, its nonces and keys
+// with it. The actions are valid until the next call of the Machine.
+func (m *Machine) AbortAll(reason string, now time.Duration) []Action {
+	m.begin(now)
+	for _, f := range slices.Collect(maps.Values(m.flows)) {
+		m.abort(f, reason)
+	}
+	return m.acts
+}
+
 // remember makes a note of a peer with which ENO did not work.
 func (m *Machine) remember(f *flow) {
 	m.peers.add(&f.key, m.now+m.cfg.RememberFor)

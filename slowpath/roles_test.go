@@ -175,3 +175,20 @@ func TestAhead(t *testing.T) {
 		t.Errorf("a flood bought %d keys", made)
 	}
 }
+
+// AbortAll resets both sides of every half-open flow.
+func TestAbortAll(t *testing.T) {
+	s := newScript(t, Config{})
+	s.active(crypto.TEPX25519)
+	s.acts = s.m.AbortAll("test", s.now)
+	s.wantKinds(SendOuter, SendInner)
+	s.wantReport(StateFailed, "test")
+	for _, k := range []ActionKind{SendOuter, SendInner} {
+		if p := s.one(k); p.Flags&packet.RST == 0 {
+			t.Errorf("flags %#x", p.Flags)
+		}
+	}
+	if s.m.Len() != 0 {
+		t.Error("a flow is left")
+	}
+}
