@@ -54,8 +54,7 @@ var guardHooks = [...]struct {
 // shut until the next process ends them, or a reboot.
 //
 // In the same way it refuses new connections that its policy requires to be
-// encrypted and that nobody diverts: those of this host are reset at once, those
-// from the wire dropped.
+// encrypted and that nobody diverts, in both directions and at once.
 //
 // Methods other than Counters may be called by one goroutine at a time.
 type Guard struct {

@@ -37,14 +37,7 @@ func TestMandatoryAppAware(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				global := byte(0)
-				if !active {
-					global |= 1 // b
-				}
-				if aware {
-					global |= 2
-				}
-				app, pc, err := b.pair(active, false, peer.Config{Option: []byte{packet.OptENO, 4, global, byte(crypto.TEPX25519)}})
+				app, pc, err := b.pair(active, false, peer.Config{Option: globalOption(active, aware)})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -70,4 +63,47 @@ func TestMandatoryAppAware(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The a bit that the peer sent can be learnt of every encrypted connection (RFC
+// 8547 section 4.2).
+func TestPeerAppAware(t *testing.T) {
+	b := newOddBed(t)
+	for _, active := range []bool{true, false} {
+		for _, aware := range []bool{true, false} {
+			t.Run(fmt.Sprintf("the peer opens %v, a %v", active, aware), func(t *testing.T) {
+				app, pc, err := b.pair(active, false, peer.Config{Option: globalOption(active, aware)})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer app.Close()
+				fl, err := b.d.Flow(b.ctx)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if fl.PeerAware != aware || fl.SessionID == "" {
+					t.Errorf("flow %+v", fl)
+				}
+				if err := pc.CloseWrite(); err != nil {
+					t.Fatal(err)
+				}
+				app.Close()
+				if err := pc.WaitEnd(b.ctx); err != nil {
+					t.Fatal(err)
+				}
+			})
+		}
+	}
+}
+
+// globalOption offers X25519, or answers with it, and has the a bit as told.
+func globalOption(offer, aware bool) []byte {
+	global := byte(0)
+	if !offer {
+		global |= 1 // b
+	}
+	if aware {
+		global |= 2
+	}
+	return []byte{packet.OptENO, 4, global, byte(crypto.TEPX25519)}
 }

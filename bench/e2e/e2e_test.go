@@ -151,6 +151,12 @@ type bed struct {
 
 func newBed(t *testing.T, o lab.Options, f lab.ForwarderOptions) *bed {
 	t.Helper()
+	return newBedWith(t, o, f, (*lab.Path).Forward)
+}
+
+// newBedWith is newBed with a forwarder of another kind.
+func newBedWith(t *testing.T, o lab.Options, f lab.ForwarderOptions, forward func(*lab.Path, lab.ForwarderOptions) (*lab.Forwarder, error)) *bed {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
 	t.Cleanup(cancel)
 	l := lab.Start(t)
@@ -164,7 +170,7 @@ func newBed(t *testing.T, o lab.Options, f lab.ForwarderOptions) *bed {
 	if f.Seed == 0 {
 		f.Seed = 1
 	}
-	if b.fwd, err = path.Forward(f); err != nil {
+	if b.fwd, err = forward(path, f); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -562,7 +568,17 @@ func (b *bed) echo() net.Listener {
 func (b *bed) echoAt(v6 bool) net.Listener {
 	b.t.Helper()
 	ip, _ := b.addr(v6)
-	ln, err := b.path.B.NS.Listen("tcp", net.JoinHostPort(ip.String(), "0"))
+	return b.echoServer(net.JoinHostPort(ip.String(), "0"))
+}
+
+func (b *bed) echoOn(port string) net.Listener {
+	b.t.Helper()
+	return b.echoServer(net.JoinHostPort(b.path.B.Addr4().String(), port))
+}
+
+func (b *bed) echoServer(addr string) net.Listener {
+	b.t.Helper()
+	ln, err := b.path.B.NS.Listen("tcp", addr)
 	if err != nil {
 		b.t.Fatal(err)
 	}

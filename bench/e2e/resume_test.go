@@ -3,7 +3,6 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -166,6 +165,16 @@ func TestResumedThousandTimes(t *testing.T) {
 			t.Errorf("%s encrypted %d connections and resumed %d, want %d and %d", name, c["slowpath_encrypted"], c["slowpath_resumed"], n, n-1)
 		}
 	}
+	for _, s := range []struct {
+		d    *daemon.Daemon
+		peer netip.Addr
+		role string
+	}{{a, b.path.B.Addr4(), "A"}, {z, b.path.A.Addr4(), "B"}} {
+		es, err := s.d.Cache(b.ctx)
+		if err != nil || len(es) != 1 || es[0].Peer != s.peer.String() || es[0].Role != s.role || es[0].Next != uint32(n) {
+			t.Errorf("cached is %+v, want one session with %v and i = %d next: %v", es, s.peer, n, err)
+		}
+	}
 	seen := map[string]bool{}
 	for _, o := range b.wire.since(0) {
 		data, v := o.resumption()
@@ -188,6 +197,11 @@ func TestResumedThousandTimes(t *testing.T) {
 // A host that has forgotten its sessions gets a fresh key exchange in the same
 // handshake: nothing fails, and nobody waits for a retransmission.
 func TestResumedAfterRestart(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	ln := b.echo()
+	b.meet(a, z, ln)
+	b.idle(a, z)
 	for _, c := range []struct {
 		name   string
 		opener bool // is restarted
@@ -198,36 +212,30 @@ func TestResumedAfterRestart(t *testing.T) {
 		{"opener restarted", true, (*daemon.Daemon).Stop},
 		{"opener killed", true, (*daemon.Daemon).Kill},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
-			a, z := b.both()
-			ln := b.echo()
-			b.meet(a, z, ln)
-			b.idle(a, z)
-			if m := b.meet(a, z, ln); !m.resumed() {
-				t.Fatalf("not resumed: %+v", m)
-			}
-			b.idle(a, z)
-			gone, host := &z, b.path.B
-			if c.opener {
-				gone, host = &a, b.path.A
-			}
-			if err := c.end(*gone); err != nil {
-				t.Fatal(err)
-			}
-			*gone = b.daemon(host)
-			before := b.timeouts()
-			if m := b.meet(a, z, ln); m.resumed() || m.proposed == c.opener || m.accepted {
-				t.Errorf("after the restart: %+v", m)
-			}
-			b.idle(a, z)
-			if m := b.meet(a, z, ln); !m.resumed() {
-				t.Errorf("the session of after the restart was not resumed: %+v", m)
-			}
-			if n := b.timeouts(); n != before {
-				t.Errorf("%d retransmission time-outs", n-before)
-			}
-		})
+		if m := b.meet(a, z, ln); !m.resumed() {
+			t.Errorf("before %s: not resumed: %+v", c.name, m)
+		}
+		b.idle(a, z)
+		gone, host := &z, b.path.B
+		if c.opener {
+			gone, host = &a, b.path.A
+		}
+		if err := c.end(*gone); err != nil {
+			t.Fatal(err)
+		}
+		*gone = b.daemon(host)
+		before := b.timeouts()
+		if m := b.meet(a, z, ln); m.resumed() || m.proposed == c.opener || m.accepted {
+			t.Errorf("%s: %+v", c.name, m)
+		}
+		b.idle(a, z)
+		if m := b.meet(a, z, ln); !m.resumed() {
+			t.Errorf("%s: the session of after the restart was not resumed: %+v", c.name, m)
+		}
+		b.idle(a, z)
+		if n := b.timeouts(); n != before {
+			t.Errorf("%s: %d retransmission time-outs", c.name, n-before)
+		}
 	}
 }
 
@@ -247,80 +255,82 @@ func (b *bed) timeouts() (n int64) {
 // Who does not want to resume, or to keep sessions, does not; the connection is
 // encrypted all the same.
 func TestResumptionRefused(t *testing.T) {
-	noResume, noCache := "[[rule]]\nresume = false\n", "[[rule]]\ncache = false\n"
-	flush := func(d *daemon.Daemon, b *bed) error {
-		n, err := d.FlushCache(b.ctx)
-		if err == nil && n != 1 {
-			err = errors.New("not one session was erased")
-		}
-		return err
-	}
-	for _, c := range []struct {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a := b.daemon(b.path.A, config(t, `
+[[rule]]
+remote-ports = "6001"
+resume = false
+[[rule]]
+remote-ports = "6003"
+cache = false
+`)...)
+	z := b.daemon(b.path.B, config(t, `
+[[rule]]
+local-ports = "6002"
+resume = false
+[[rule]]
+local-ports = "6004"
+cache = false
+`)...)
+	for i, c := range []struct {
 		name     string
-		a, z     string // configuration files
-		flagsA   []string
-		flagsZ   []string
-		between  func(a, z *daemon.Daemon, b *bed) error
+		port     string
+		flush    *daemon.Daemon
+		peer     []string
+		flushed  int
 		proposed bool
+		resumed  bool
 	}{
-		{name: "the opener's rule", a: noResume},
-		{name: "the listener's rule", z: noResume, proposed: true},
-		{name: "the opener's rule on caching", a: noCache},
-		{name: "the listener's rule on caching", z: noCache, proposed: true},
-		{name: "the opener's flag", flagsA: []string{"--no-resume"}},
-		{name: "the listener's flag", flagsZ: []string{"--no-resume"}, proposed: true},
-		{name: "flushed by the opener", between: func(a, _ *daemon.Daemon, b *bed) error { return flush(a, b) }},
-		{name: "flushed by the listener", between: func(_, z *daemon.Daemon, b *bed) error { return flush(z, b) }, proposed: true},
-		{name: "flushed by address", between: func(a, _ *daemon.Daemon, b *bed) error {
-			if n, err := a.FlushCache(b.ctx, "192.0.2.1"); err != nil || n != 0 {
-				return errors.Join(err, errors.New("a session of another peer was erased"))
-			}
-			n, err := a.FlushCache(b.ctx, b.path.B.Addr4().String())
-			if err == nil && n != 1 {
-				err = errors.New("the peer's session was not erased")
-			}
-			return err
-		}},
+		{name: "no rule", port: "6000", proposed: true, resumed: true},
+		{name: "the opener's rule", port: "6001"},
+		{name: "the listener's rule", port: "6002", proposed: true},
+		{name: "the opener's rule on caching", port: "6003"},
+		{name: "the listener's rule on caching", port: "6004", proposed: true},
+		{name: "flushed by the opener", port: "6005", flush: a, flushed: 1},
+		{name: "flushed by the listener", port: "6006", flush: z, flushed: 1, proposed: true},
+		{name: "flushed by address", port: "6007", flush: a, peer: []string{b.path.B.Addr4().String()}, flushed: 1},
+		{name: "another address flushed", port: "6008", flush: a, peer: []string{b.path.A.Addr4().String()}, proposed: true, resumed: true},
 	} {
-		t.Run(c.name, func(t *testing.T) {
+		for _, d := range []*daemon.Daemon{a, z} {
+			if _, err := d.FlushCache(b.ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ln := b.echoOn(c.port)
+		if m := b.meet(a, z, ln); m.resumed() || m.proposed {
+			t.Errorf("%s: first connection: %+v", c.name, m)
+		}
+		b.idle(a, z)
+		if c.flush != nil {
+			if n, err := c.flush.FlushCache(b.ctx, c.peer...); err != nil || n != c.flushed {
+				t.Errorf("%s: %d sessions flushed, want %d: %v", c.name, n, c.flushed, err)
+			}
+		}
+		if m := b.meet(a, z, ln); m.resumed() != c.resumed || m.accepted != c.resumed || m.proposed != c.proposed {
+			t.Errorf("%s: second connection: %+v, want proposed %v and resumed %v", c.name, m, c.proposed, c.resumed)
+		}
+		b.idle(a, z)
+		b.encryptedOnly(a, z, uint64(2*i+2))
+	}
+}
+
+// The flag --no-resume does on either side what the rules do.
+func TestNoResume(t *testing.T) {
+	for _, opener := range []bool{true, false} {
+		t.Run(map[bool]string{true: "opener", false: "listener"}[opener], func(t *testing.T) {
 			b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
-			a := b.daemon(b.path.A, append(config(t, c.a), c.flagsA...)...)
-			z := b.daemon(b.path.B, append(config(t, c.z), c.flagsZ...)...)
+			var flags [2][]string
+			flags[map[bool]int{true: 0, false: 1}[opener]] = []string{"--no-resume"}
+			a, z := b.daemon(b.path.A, flags[0]...), b.daemon(b.path.B, flags[1]...)
 			ln := b.echo()
 			b.meet(a, z, ln)
 			b.idle(a, z)
-			if c.between != nil {
-				if err := c.between(a, z, b); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if m := b.meet(a, z, ln); m.resumed() || m.accepted || m.proposed != c.proposed {
-				t.Errorf("second connection: %+v, want proposed %v and not resumed", m, c.proposed)
+			if m := b.meet(a, z, ln); m.resumed() || m.accepted || m.proposed == opener {
+				t.Errorf("second connection: %+v", m)
 			}
 			b.idle(a, z)
 			b.encryptedOnly(a, z, 2)
 		})
-	}
-}
-
-// What is cached can be looked at: the peer, and the next secret.
-func TestCacheList(t *testing.T) {
-	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
-	a, z := b.both()
-	ln := b.echo()
-	for i := range uint32(3) {
-		b.meet(a, z, ln)
-		b.idle(a, z)
-		for _, s := range []struct {
-			d    *daemon.Daemon
-			peer netip.Addr
-			role string
-		}{{a, b.path.B.Addr4(), "A"}, {z, b.path.A.Addr4(), "B"}} {
-			es, err := s.d.Cache(b.ctx)
-			if err != nil || len(es) != 1 || es[0].Peer != s.peer.String() || es[0].Role != s.role || es[0].Next != i+1 {
-				t.Errorf("after connection %d: %+v, %v", i+1, es, err)
-			}
-		}
 	}
 }
 

@@ -10,6 +10,7 @@
 #define MAX_FLOWS 262144
 #define MAX_TAGS 4
 #define MAX_EXTENSIONS 8
+#define DEFAULT_TTL 64
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -191,68 +192,88 @@ struct tcp_reset {
 	__be16 urgent;
 };
 
-static __always_inline __sum16 fold(__u64 sum)
+static __always_inline __u16 fold(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
-	return ~sum;
+	return sum;
 }
 
-/* refuse turns a SYN of the local stack into the reset that answers it, so that
- * connect fails at once. What cannot be turned is dropped, and times out. */
-static __noinline int refuse(struct __sk_buff *skb, struct packet *p)
+/* A buffer whose checksum the card completes has to hold the sum of the
+ * pseudo-header, any other the whole checksum. Which one this is only the kernel
+ * knows: it takes what is added to the field for the first kind as done. */
+static __always_inline int set_checksum(struct __sk_buff *skb, const struct packet *p, const struct tcp_reset *r)
 {
-	struct tcp_reset t, r = {.offset = TCP_HEADER / 4 << 4, .flags = TCP_RST | TCP_ACK};
-	__u8 macs[2 * ETH_ALEN], swapped[2 * ETH_ALEN], version;
+	__u32 at = p->tcp + offsetof(struct tcp_reset, check);
 	__be32 pseudo[10] = {};
-	__be16 length = bpf_htons(TCP_HEADER), old;
-	__u32 l3, l4;
+	__u16 partial;
 	__s64 sum;
 
-	if (!p || !p->tcp) /* behind extension headers */
-		return TC_ACT_SHOT;
-	l3 = p->l3;
-	l4 = p->tcp;
-	if (bpf_skb_load_bytes(skb, l4, &t, sizeof(t)) || bpf_skb_load_bytes(skb, 0, macs, sizeof(macs)) ||
-	    bpf_skb_load_bytes(skb, l3, &version, 1))
+	__builtin_memcpy(pseudo, p->key.local, 16);
+	__builtin_memcpy(pseudo + 4, p->key.remote, 16);
+	if (p->v4) /* as mapped addresses have them */
+		pseudo[2] = pseudo[6] = 0;
+	pseudo[8] = bpf_htonl(TCP_HEADER);
+	pseudo[9] = bpf_htonl(IPPROTO_TCP);
+	sum = bpf_csum_diff(0, 0, pseudo, sizeof(pseudo), 0);
+	if (sum < 0)
+		return -1;
+	partial = fold(sum);
+	sum = bpf_csum_diff(0, 0, (__be32 *)r, sizeof(*r), 0);
+	if (sum < 0 || bpf_skb_store_bytes(skb, at, &partial, sizeof(partial), 0))
+		return -1;
+	/* The kernel subtracts the field before it complements the rest. */
+	return bpf_l4_csum_replace(skb, at, 0, fold(sum + 2 * (__u64)partial), 0);
+}
+
+static __always_inline int set_ip4(struct __sk_buff *skb, const struct packet *p, bool outbound)
+{
+	__be16 length = bpf_htons(p->tcp - p->l3 + TCP_HEADER), old_length, old_ttl, ttl;
+
+	if (bpf_skb_load_bytes(skb, p->l3 + 2, &old_length, 2) || bpf_skb_load_bytes(skb, p->l3 + 8, &old_ttl, 2))
+		return -1;
+	ttl = bpf_htons(DEFAULT_TTL << 8 | (bpf_ntohs(old_ttl) & 0xff));
+	return bpf_l3_csum_replace(skb, p->l3 + 10, old_length, length, 2) ||
+	       bpf_l3_csum_replace(skb, p->l3 + 10, old_ttl, ttl, 2) ||
+	       bpf_skb_store_bytes(skb, p->l3 + 2, &length, 2, 0) || bpf_skb_store_bytes(skb, p->l3 + 8, &ttl, 2, 0) ||
+	       bpf_skb_store_bytes(skb, p->l3 + 12, outbound ? &p->key.remote[3] : &p->key.local[3], 4, 0) ||
+	       bpf_skb_store_bytes(skb, p->l3 + 16, outbound ? &p->key.local[3] : &p->key.remote[3], 4, 0);
+}
+
+static __always_inline int set_ip6(struct __sk_buff *skb, const struct packet *p, bool outbound)
+{
+	__be16 length = bpf_htons(TCP_HEADER);
+	__u8 hops = DEFAULT_TTL;
+
+	return bpf_skb_store_bytes(skb, p->l3 + 4, &length, 2, 0) || bpf_skb_store_bytes(skb, p->l3 + 7, &hops, 1, 0) ||
+	       bpf_skb_store_bytes(skb, p->l3 + 8, outbound ? p->key.remote : p->key.local, 16, 0) ||
+	       bpf_skb_store_bytes(skb, p->l3 + 24, outbound ? p->key.local : p->key.remote, 16, 0);
+}
+
+/* refuse turns a SYN into the reset that answers it and sends it back to where
+ * it came from, so that connect fails at once. What cannot be turned is dropped,
+ * and times out. */
+static __always_inline int refuse(struct __sk_buff *skb, struct packet *p, bool outbound)
+{
+	struct tcp_reset t, r = {.offset = TCP_HEADER / 4 << 4, .flags = TCP_RST | TCP_ACK};
+	__u8 macs[2 * ETH_ALEN], swapped[2 * ETH_ALEN];
+
+	if (!p->tcp || /* behind extension headers */
+	    bpf_skb_load_bytes(skb, p->tcp, &t, sizeof(t)) || bpf_skb_load_bytes(skb, 0, macs, sizeof(macs)))
 		return TC_ACT_SHOT;
 	__builtin_memcpy(swapped, macs + ETH_ALEN, ETH_ALEN);
 	__builtin_memcpy(swapped + ETH_ALEN, macs, ETH_ALEN);
 	r.sport = t.dport;
 	r.dport = t.sport;
 	r.ack = bpf_htonl(bpf_ntohl(t.seq) + 1);
-	__builtin_memcpy(pseudo, p->key.local, 16);
-	__builtin_memcpy(pseudo + 4, p->key.remote, 16);
-	if (version >> 4 == 4) /* v4-mapped */
-		pseudo[2] = pseudo[6] = 0;
-	pseudo[8] = bpf_htonl(TCP_HEADER);
-	pseudo[9] = bpf_htonl(IPPROTO_TCP);
-	sum = bpf_csum_diff(0, 0, pseudo, sizeof(pseudo), 0);
-	if (sum < 0)
-		return TC_ACT_SHOT;
-	sum = bpf_csum_diff(0, 0, (__be32 *)&r, sizeof(r), sum);
-	if (sum < 0)
-		return TC_ACT_SHOT;
-	r.check = fold(sum);
-	if (bpf_skb_change_tail(skb, l4 + TCP_HEADER, 0) ||
+	if (bpf_skb_change_tail(skb, p->tcp + TCP_HEADER, 0) ||
 	    bpf_skb_store_bytes(skb, 0, swapped, sizeof(swapped), 0) ||
-	    bpf_skb_store_bytes(skb, l4, &r, sizeof(r), 0))
+	    bpf_skb_store_bytes(skb, p->tcp, &r, sizeof(r), 0) || set_checksum(skb, p, &r) ||
+	    (p->v4 ? set_ip4(skb, p, outbound) : set_ip6(skb, p, outbound)))
 		return TC_ACT_SHOT;
-	if (version >> 4 == 4) {
-		length = bpf_htons(l4 - l3 + TCP_HEADER);
-		if (bpf_skb_load_bytes(skb, l3 + 2, &old, 2) || bpf_l3_csum_replace(skb, l3 + 10, old, length, 2) ||
-		    bpf_skb_store_bytes(skb, l3 + 2, &length, 2, 0) ||
-		    bpf_skb_store_bytes(skb, l3 + 12, &p->key.remote[3], 4, 0) ||
-		    bpf_skb_store_bytes(skb, l3 + 16, &p->key.local[3], 4, 0))
-			return TC_ACT_SHOT;
-	} else if (bpf_skb_store_bytes(skb, l3 + 4, &length, 2, 0) ||
-		   bpf_skb_store_bytes(skb, l3 + 8, p->key.remote, 16, 0) ||
-		   bpf_skb_store_bytes(skb, l3 + 24, p->key.local, 16, 0)) {
-		return TC_ACT_SHOT;
-	}
-	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+	return bpf_redirect(skb->ifindex, outbound ? BPF_F_INGRESS : 0);
 }
 
 SEC("tc")
@@ -270,7 +291,7 @@ int guard_ingress(struct __sk_buff *skb)
 	switch (look_up(skb, &p, false)) {
 	case REFUSED:
 		count(INGRESS_COUNT_REFUSED);
-		return TC_ACT_SHOT;
+		return refuse(skb, &p, false);
 	case LISTED_FLOW:
 		count(INGRESS_COUNT_FLOW);
 		return TC_ACT_SHOT;
@@ -295,7 +316,7 @@ int guard_egress(struct __sk_buff *skb)
 	switch (look_up(skb, &p, true)) {
 	case REFUSED:
 		count(EGRESS_COUNT_REFUSED);
-		return refuse(skb, &p);
+		return refuse(skb, &p, true);
 	case LISTED_FLOW:
 		count(EGRESS_COUNT_FLOW);
 		return TC_ACT_SHOT;

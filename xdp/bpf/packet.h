@@ -71,6 +71,7 @@ struct packet {
 	__u32 header; /* its length */
 	__u32 l3;     /* offset of the IP header */
 	__u8 flags;   /* of TCP */
+	__u8 v4;
 };
 
 static __always_inline void set_v4(__u32 *address, __be32 v4)
@@ -195,6 +196,7 @@ static __always_inline int parse_v4(void *data, void *end, void *l3, bool outbou
 	switch (ip->protocol) {
 	case IPPROTO_TCP:
 		set_addresses_v4(&p->key, ip, outbound);
+		p->v4 = 1;
 		return parse_tcp(data, end, l4, outbound, p);
 	case IPPROTO_ICMP:
 		return parse_icmp4(end, l4, p);

@@ -1,0 +1,232 @@
+package e2e
+
+import (
+	"errors"
+	"net"
+	"testing"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+)
+
+const (
+	simPortA = 7001
+	simPortB = 7002
+)
+
+// simultaneous has both hosts connect to each other's bound port; ForwardCrossing
+// sees to it that the SYNs cross.
+func (b *bed) simultaneous(v6 bool) (a, z net.Conn, err error) {
+	ipA, ipB := b.path.A.Addr4(), b.path.B.Addr4()
+	if v6 {
+		ipA, ipB = b.path.A.Addr6(), b.path.B.Addr6()
+	}
+	epA := &net.TCPAddr{IP: ipA.AsSlice(), Port: simPortA}
+	epB := &net.TCPAddr{IP: ipB.AsSlice(), Port: simPortB}
+	type dialed struct {
+		c   net.Conn
+		err error
+	}
+	second := make(chan dialed, 1)
+	go func() {
+		c, err := b.path.B.NS.DialFrom(b.ctx, "tcp", epB, epA.String())
+		second <- dialed{c, err}
+	}()
+	a, err = b.path.A.NS.DialFrom(b.ctx, "tcp", epA, epB.String())
+	d := <-second
+	if err = errors.Join(err, d.err); err != nil {
+		for _, c := range []net.Conn{a, d.c} {
+			if c != nil {
+				c.Close()
+			}
+		}
+		return nil, nil, err
+	}
+	b.guarded(a, d.c)
+	return a, d.c, nil
+}
+
+func newCrossingBed(t *testing.T) *bed {
+	t.Helper()
+	return newBedWith(t, lab.Options{}, lab.ForwarderOptions{}, (*lab.Path).ForwardCrossing)
+}
+
+const roleB = "[[rule]]\nrole = \"B\"\n"
+
+// Two kernels open one connection at the same time. With the b bit set on one
+// side it is encrypted, and that host is host B (RFC 8547 section 4.3).
+func TestSimultaneousOpen(t *testing.T) {
+	for _, hostB := range []string{"a", "b"} {
+		t.Run(hostB+" is host B", func(t *testing.T) {
+			b := newCrossingBed(t)
+			var flags [2][]string
+			roles := [2]string{"A", "A"}
+			at := map[string]int{"a": 0, "b": 1}[hostB]
+			flags[at], roles[at] = config(t, roleB), "B"
+			a, z := b.daemon(b.path.A, flags[0]...), b.daemon(b.path.B, flags[1]...)
+			eachIP(t, func(t *testing.T, v6 bool) {
+				_, before := b.wire.seen()
+				ca, cz, err := b.simultaneous(v6)
+				if err != nil {
+					t.Fatal(err)
+				}
+				fa, fz := b.flow(a), b.flow(z)
+				if fa.Role != roles[0] || fz.Role != roles[1] || fa.SessionID == "" || fa.SessionID != fz.SessionID {
+					t.Errorf("flows %+v and %+v, want roles %v", fa, fz, roles)
+				}
+				if want := crypto.AllTEPs[0].String(); fa.TEP != want || fz.TEP != want {
+					t.Errorf("negotiated %s and %s, both prefer %s", fa.TEP, fz.TEP, want)
+				}
+				if err := swap(ca, cz, stream(1, 2<<20), stream(2, 2<<20)); err != nil {
+					t.Fatal(err)
+				}
+				ca.Close()
+				cz.Close()
+				b.idle(a, z)
+				for _, d := range []lab.Dir{lab.AtoB, lab.BtoA} {
+					if !crossed(b.wire.since(before), d) {
+						t.Errorf("no SYN and SYN-ACK with the same ENO option %v", d)
+					}
+				}
+			})
+			b.encryptedOnly(a, z, 2)
+		})
+	}
+}
+
+// crossed reports whether a host sent a SYN and a SYN-ACK with one and the same
+// ENO option.
+func crossed(offers []offer, d lab.Dir) bool {
+	var syn, synack string
+	for _, o := range offers {
+		switch {
+		case o.dir != d:
+		case o.synack:
+			synack = string(o.option)
+		default:
+			syn = string(o.option)
+		}
+	}
+	return syn != "" && syn == synack
+}
+
+// With the same b bit on both sides, whichever, a simultaneous open is plain TCP.
+func TestSimultaneousOpenOfEquals(t *testing.T) {
+	for _, c := range []struct{ name, config string }{{"both A", ""}, {"both B", roleB}} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newCrossingBed(t)
+			a, z := b.both(config(t, c.config)...)
+			ca, cz, err := b.simultaneous(false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// No canary: this data may be seen.
+			if err := swap(ca, cz, make([]byte, 1<<20), make([]byte, 1<<20)); err != nil {
+				t.Fatal(err)
+			}
+			b.plainFor(a, slowpath.ReasonSimultaneous)
+			b.plainFor(z, slowpath.ReasonSimultaneous)
+		})
+	}
+}
+
+// An opener with b = 1 and a listener, who always has it, have the same role:
+// plain TCP (RFC 8547 section 4.3).
+func TestSameRole(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.daemon(b.path.A, config(t, roleB)...), b.daemon(b.path.B)
+	b.plainMeet(b.echo())
+	b.plainFor(a, slowpath.ReasonPeerNoENO)
+	b.plainFor(z, slowpath.ReasonRoleConflict)
+}
+
+// plainFor checks that a daemon made one connection plain, for that reason.
+func (b *bed) plainFor(d *daemon.Daemon, reason string) {
+	b.t.Helper()
+	st := b.stats(d)
+	if len(st.Reasons) != 1 || st.Reasons[reason] != 1 {
+		b.t.Errorf("reasons %v, want one %s", st.Reasons, reason)
+	}
+}
+
+// In mandatory application-aware mode a connection is encrypted only if the
+// other side is application-aware, too (RFC 8547 section 4.2).
+func TestApplicationAware(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a := b.daemon(b.path.A, config(t, `
+[[rule]]
+remote-ports = "6010-6019"
+app-aware = "off"
+[[rule]]
+remote-ports = "6020-6029"
+app-aware = "on"
+[[rule]]
+remote-ports = "6030-6039"
+app-aware = "mandatory"
+`)...)
+	z := b.daemon(b.path.B, config(t, `
+[[rule]]
+local-ports = "6011,6021,6031"
+app-aware = "off"
+[[rule]]
+local-ports = "6012,6022,6032"
+app-aware = "on"
+[[rule]]
+local-ports = "6013,6023,6033"
+app-aware = "mandatory"
+`)...)
+	for _, c := range []struct {
+		name, port       string
+		reasonA, reasonZ string // of a plain connection
+	}{
+		{name: "off and off", port: "6011"},
+		{name: "off and on", port: "6012"},
+		{name: "off and mandatory", port: "6013", reasonA: slowpath.ReasonPeerNoENO, reasonZ: slowpath.ReasonNotAppAware},
+		{name: "on and off", port: "6021"},
+		{name: "on and on", port: "6022"},
+		{name: "on and mandatory", port: "6023"},
+		{name: "mandatory and off", port: "6031", reasonA: slowpath.ReasonNotAppAware, reasonZ: slowpath.ReasonNoENOInAck},
+		{name: "mandatory and on", port: "6032"},
+		{name: "mandatory and mandatory", port: "6033"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ln := b.echoOn(c.port)
+			beforeA, beforeZ := b.stats(a), b.stats(z)
+			if c.reasonA == "" {
+				b.meet(a, z, ln)
+			} else {
+				b.plainMeet(ln)
+			}
+			b.idle(a, z)
+			for _, s := range []struct {
+				before, after fastpath.Stats
+				reason        string
+			}{{beforeA, b.stats(a), c.reasonA}, {beforeZ, b.stats(z), c.reasonZ}} {
+				want := s.reason
+				if want == "" {
+					want = fastpath.ReasonClosed
+				}
+				for r, n := range s.after.Reasons {
+					if got := n - s.before.Reasons[r]; (got != 0) != (r == want) {
+						t.Errorf("%d connections ended with %s, want one with %s", got, r, want)
+					}
+				}
+			}
+		})
+	}
+}
+
+// plainMeet is meet for a connection that may be read on the way.
+func (b *bed) plainMeet(ln net.Listener) {
+	b.t.Helper()
+	c, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.guarded(c)
+	b.echoed(c, make([]byte, 20000))
+	c.Close()
+}
