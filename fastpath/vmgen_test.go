@@ -12,7 +12,7 @@ import (
 func TestVMGenerationEvent(t *testing.T) {
 	for msg, want := range map[string]bool{
 		"change@/devices/x\x00ACTION=change\x00SUBSYSTEM=acpi\x00NEW_VMGENID=1\x00SEQNUM=9\x00": true,
-		"change@/devices/x\x00ACTION=change\x00SYNTH_ARG_NEW_VMGENID=1\x00":                       false,
+		"change@/devices/x\x00ACTION=change\x00SYNTH_ARG_NEW_VMGENID=1\x00":                     false,
 		"NEW_VMGENID=10\x00": false,
 		"":                   false,
 	} {
