@@ -26,11 +26,15 @@ test-unit:
 test-interop: root
 	$(GO) test -count=1 -timeout 30m -v ./bench/interop
 
-# Cryptography, the engine, and whole hosts against plain TCP, in one run.
+# Cryptography, the engine, and whole hosts against plain TCP, in one run; the
+# charts are in bin/bench/report.html.
 bench: root build
-	bin/tcpcrypt bench micro
-	bin/tcpcrypt bench pipeline
-	bin/tcpcrypt bench wire
+	@mkdir -p bin/bench
+	bin/tcpcrypt bench micro --save bin/bench/micro.json
+	bin/tcpcrypt bench pipeline --save bin/bench/pipeline.json
+	bin/tcpcrypt bench wire --save bin/bench/wire.json
+	bin/tcpcrypt bench capacity --save bin/bench/capacity.json
+	bin/tcpcrypt bench report -o bin/bench/report.html bin/bench/*.json
 
 # The BPF objects; needs clang, llvm-strip and the headers of libbpf.
 generate:

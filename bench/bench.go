@@ -1,9 +1,12 @@
 // Package bench measures the program: cryptography alone (Micro), the engine in
-// memory (Pipeline), and whole hosts on a wire against plain TCP (Wire).
+// memory (Pipeline), whole hosts on a wire against plain TCP (Wire) and against
+// other protections of connections (Peers), and what cores a link would need
+// (Capacity).
 package bench
 
 import (
 	"bufio"
+	"fmt"
 	"os"
 	"runtime"
 	"strings"
@@ -38,5 +41,56 @@ func ThisMachine() Machine {
 // Report is what a suite prints as JSON.
 type Report[Row any] struct {
 	Machine Machine `json:"machine"`
-	Results []Row   `json:"results"`
+	Suite   string  `json:"suite"`
+	// Assumptions of a suite that computes and does not only measure.
+	Assumptions []string `json:"assumptions,omitempty"`
+	Results     []Row    `json:"results"`
+}
+
+// A Row can be printed in the format of Go's benchmarks, which benchstat reads.
+type Row interface {
+	// benchmark returns the name, which tells what was measured under which
+	// conditions, and the figures.
+	benchmark() (name string, figures []figure)
+}
+
+type figure struct {
+	value float64
+	unit  string
+}
+
+// Benchmark returns a line in the format of Go's benchmarks.
+func Benchmark(r Row) string {
+	name, figures := r.benchmark()
+	var s strings.Builder
+	fmt.Fprintf(&s, "Benchmark%s 1", name)
+	for _, f := range figures {
+		fmt.Fprintf(&s, " %.6g %s", f.value, f.unit)
+	}
+	return s.String()
+}
+
+func (r *MicroRow) benchmark() (string, []figure) {
+	name := "Micro/" + r.Name
+	if r.Bytes > 0 {
+		name += fmt.Sprintf("/bytes=%d", r.Bytes)
+	}
+	return name, []figure{{r.NsPer, "ns/op"}, {r.Allocs, "allocs/op"}}
+}
+
+func (r *PipelineRow) benchmark() (string, []figure) {
+	return fmt.Sprintf("Pipeline/%s/payload=%d/flows=%d/workers=%d/engine=%s", r.Direction, r.Payload, r.Flows, r.Workers, r.Engine),
+		[]figure{{r.NsPer, "ns/packet"}, {r.AEADNs, "aead-ns/packet"}, {r.Gbps, "Gb/s"}, {r.Allocs, "allocs/packet"}}
+}
+
+func (r *WireRow) benchmark() (string, []figure) {
+	return fmt.Sprintf("Wire/%s/streams=%d/resumed=%t", r.Variant, r.Streams, r.Resumed), []figure{
+		{r.Gbps, "Gb/s"}, {r.CPUPerGB, "cpu-s/GB"}, {r.RTTp50, "rtt-p50-us"}, {r.RTTp99, "rtt-p99-us"},
+		{r.ConnPerS, "conn/s"}, {r.Connect50, "connect-p50-us"}, {r.Connect1m, "connect-1ms-p50-us"},
+	}
+}
+
+func (r *CapacityRow) benchmark() (string, []figure) {
+	return fmt.Sprintf("Capacity/%s/payload=%d/mode=%s/link=%g", r.Direction, r.Payload, r.Mode, r.LinkGbps),
+		[]figure{{r.NsPer, "ns/packet"}, {r.GbpsPerCore, "Gb/s/core"}, {float64(r.Cores), "cores"}}
 }

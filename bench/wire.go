@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sort"
 	"strconv"
@@ -20,7 +21,7 @@ import (
 // WireRow is one figure of the Wire suite: two hosts in namespaces of this
 // machine, joined by a veth, on the kernel's own TCP.
 type WireRow struct {
-	Variant   string  `json:"variant"` // plain, plain-nooffload, tcpcrypt
+	Variant   string  `json:"variant"` // plain, plain-nooffload, tcpcrypt; of the Peers suite also those of peers
 	Streams   int     `json:"streams"`
 	Gbps      float64 `json:"gbps"`
 	CPUPerGB  float64 `json:"cpu_s_per_gb"` // busy CPU seconds of the machine, both hosts together
@@ -47,6 +48,8 @@ type wireVariant struct {
 	noOffload bool
 	daemons   bool
 	resume    bool
+	// over, if not nil, is how connections are made instead of plainly.
+	over *peerKind
 }
 
 // wireVariants of the Wire suite, in the order in which each rotation runs them.
@@ -64,12 +67,17 @@ const (
 	roundTripsNear = 3000
 )
 
-// Wire measures the variants in turn, several times, and returns the median of
-// each figure.
+// Wire measures plain TCP and the program in turn, several times, and returns the
+// median of each figure.
 func Wire(ctx context.Context, o WireOptions) ([]WireRow, error) {
+	return rotate(ctx, o, wireVariants)
+}
+
+// rotate measures the variants in turn, o.Rounds times.
+func rotate(ctx context.Context, o WireOptions, variants []wireVariant) ([]WireRow, error) {
 	all := make(map[wireVariant][]WireRow)
 	for round := range o.Rounds {
-		for _, v := range wireVariants {
+		for _, v := range variants {
 			r, err := wireOnce(ctx, o, v)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", v.name, err)
@@ -82,7 +90,7 @@ func Wire(ctx context.Context, o WireOptions) ([]WireRow, error) {
 		}
 	}
 	var rows []WireRow
-	for _, v := range wireVariants {
+	for _, v := range variants {
 		m := all[v][0]
 		for _, f := range []func(*WireRow) *float64{
 			func(r *WireRow) *float64 { return &r.Gbps }, func(r *WireRow) *float64 { return &r.CPUPerGB },
@@ -114,14 +122,14 @@ func wireOnce(ctx context.Context, o WireOptions, v wireVariant) (r WireRow, err
 			return nil, nil, err
 		}
 		return p.A, p.B, nil
-	}, func(a, b *lab.Iface) (conns, fresh int, err error) {
-		if err := bulk(ctx, a, b, o, &r); err != nil {
+	}, func(via transport) (conns, fresh int, err error) {
+		if err := bulk(ctx, via, o, &r); err != nil {
 			return 0, 0, err
 		}
-		if err := roundTrips(ctx, a, b, roundTripsNear, &r); err != nil {
+		if err := roundTrips(ctx, via, roundTripsNear, &r); err != nil {
 			return 0, 0, err
 		}
-		r.Connect50, r.ConnPerS, err = connections(ctx, a, b, connectsNear)
+		r.Connect50, r.ConnPerS, err = connections(ctx, via, connectsNear)
 		return o.Streams + 1 + connectsNear, o.Streams + 2, err
 	})
 	if err != nil {
@@ -135,8 +143,8 @@ func wireOnce(ctx context.Context, o WireOptions, v wireVariant) (r WireRow, err
 		half := lab.Impair{Delay: farRTT / 2}
 		_, err = p.Forward(lab.ForwarderOptions{AtoB: half, BtoA: half})
 		return p.A, p.B, err
-	}, func(a, b *lab.Iface) (conns, fresh int, err error) {
-		r.Connect1m, _, err = connections(ctx, a, b, connectsFar)
+	}, func(via transport) (conns, fresh int, err error) {
+		r.Connect1m, _, err = connections(ctx, via, connectsFar)
 		return connectsFar, 1, err
 	})
 }
@@ -146,7 +154,7 @@ func wireOnce(ctx context.Context, o WireOptions, v wireVariant) (r WireRow, err
 // says. The first ones to a server, and those at the same time as the first, are
 // not resumed: fn returns how many these are at most.
 func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
-	topology func(*lab.Lab) (a, b *lab.Iface, err error), fn func(a, b *lab.Iface) (conns, fresh int, err error)) (err error) {
+	topology func(*lab.Lab) (a, b *lab.Iface, err error), fn func(transport) (conns, fresh int, err error)) (err error) {
 	l, err := lab.New()
 	if err != nil {
 		return err
@@ -174,7 +182,13 @@ func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
 			first = d
 		}
 	}
-	n, fresh, err := fn(a, b)
+	via := overTCP(a, b)
+	if v.over != nil {
+		if via, err = v.over.open(ctx, a, b); err != nil {
+			return err
+		}
+	}
+	n, fresh, err := fn(via)
 	if err != nil || first == nil {
 		return err
 	}
@@ -190,9 +204,47 @@ func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
 	return nil
 }
 
-// serve accepts connections on b and runs fn on each.
-func serve(b *lab.Iface, fn func(net.Conn)) (net.Listener, error) {
-	ln, err := b.NS.Listen("tcp", net.JoinHostPort(b.Addr4().String(), "0"))
+// transport is how applications on two hosts reach each other.
+type transport struct {
+	client *lab.Namespace // where dial must be called
+	listen func() (net.Listener, error)
+	// dial connects to ln, which listen returned. It does what a client has to
+	// do until it may write.
+	dial func(ctx context.Context, ln net.Listener) (net.Conn, error)
+}
+
+// overTCP is TCP from a to b.
+func overTCP(a, b *lab.Iface) transport {
+	return tcpTo(a.NS, b.NS, b.Addr4())
+}
+
+// tcpTo is TCP from one host to an address of another.
+func tcpTo(client, server *lab.Namespace, addr netip.Addr) transport {
+	return transport{
+		client: client,
+		listen: func() (net.Listener, error) {
+			return server.Listen("tcp", net.JoinHostPort(addr.String(), "0"))
+		},
+		dial: func(ctx context.Context, ln net.Listener) (net.Conn, error) {
+			var d net.Dialer
+			d.SetMultipathTCP(false)
+			return d.DialContext(ctx, "tcp", ln.Addr().String())
+		},
+	}
+}
+
+// connect dials from the client's host.
+func (v *transport) connect(ctx context.Context, ln net.Listener) (c net.Conn, err error) {
+	err = v.client.Do(func() error {
+		c, err = v.dial(ctx, ln)
+		return err
+	})
+	return c, err
+}
+
+// serve accepts connections on the server's host and runs fn on each.
+func (v *transport) serve(fn func(net.Conn)) (net.Listener, error) {
+	ln, err := v.listen()
 	if err != nil {
 		return nil, err
 	}
@@ -211,12 +263,12 @@ func serve(b *lab.Iface, fn func(net.Conn)) (net.Listener, error) {
 	return ln, nil
 }
 
-func bulk(ctx context.Context, a, b *lab.Iface, o WireOptions, r *WireRow) error {
+func bulk(ctx context.Context, via transport, o WireOptions, r *WireRow) error {
 	var mu sync.Mutex
 	var total int64
 	var got sync.WaitGroup
 	got.Add(o.Streams)
-	ln, err := serve(b, func(c net.Conn) {
+	ln, err := via.serve(func(c net.Conn) {
 		defer got.Done()
 		buf := make([]byte, 1<<20)
 		for {
@@ -235,7 +287,7 @@ func bulk(ctx context.Context, a, b *lab.Iface, o WireOptions, r *WireRow) error
 	defer ln.Close()
 	var conns []net.Conn
 	for range o.Streams {
-		c, err := a.NS.Dial(ctx, "tcp", ln.Addr().String())
+		c, err := via.connect(ctx, ln)
 		if err != nil {
 			return err
 		}
@@ -269,13 +321,13 @@ func bulk(ctx context.Context, a, b *lab.Iface, o WireOptions, r *WireRow) error
 	return nil
 }
 
-func roundTrips(ctx context.Context, a, b *lab.Iface, n int, r *WireRow) error {
-	ln, err := serve(b, func(c net.Conn) { _, _ = io.Copy(c, c) })
+func roundTrips(ctx context.Context, via transport, n int, r *WireRow) error {
+	ln, err := via.serve(func(c net.Conn) { _, _ = io.Copy(c, c) })
 	if err != nil {
 		return err
 	}
 	defer ln.Close()
-	c, err := a.NS.Dial(ctx, "tcp", ln.Addr().String())
+	c, err := via.connect(ctx, ln)
 	if err != nil {
 		return err
 	}
@@ -300,8 +352,8 @@ func roundTrips(ctx context.Context, a, b *lab.Iface, n int, r *WireRow) error {
 // connections opens n connections one after the other, and returns the median
 // of the microseconds from connect to the first byte of the answer, and how many
 // were opened and closed in a second.
-func connections(ctx context.Context, a, b *lab.Iface, n int) (p50, perSecond float64, err error) {
-	ln, err := serve(b, func(c net.Conn) { _, _ = io.Copy(c, c) })
+func connections(ctx context.Context, via transport, n int) (p50, perSecond float64, err error) {
+	ln, err := via.serve(func(c net.Conn) { _, _ = io.Copy(c, c) })
 	if err != nil {
 		return 0, 0, err
 	}
@@ -310,12 +362,10 @@ func connections(ctx context.Context, a, b *lab.Iface, n int) (p50, perSecond fl
 	begin := time.Now()
 	var one [1]byte
 	// Inside, so that the way into the namespace is not measured.
-	err = a.NS.Do(func() error {
-		var d net.Dialer
-		d.SetMultipathTCP(false)
+	err = via.client.Do(func() error {
 		for range n {
 			t := time.Now()
-			c, err := d.DialContext(ctx, "tcp", ln.Addr().String())
+			c, err := via.dial(ctx, ln)
 			if err != nil {
 				return err
 			}

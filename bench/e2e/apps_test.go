@@ -40,7 +40,7 @@ func (b *bed) addr(v6 bool) (netip.Addr, string) {
 }
 
 // background starts a server on B that the lab ends, and waits for its port.
-func (b *bed) background(port int, v6 bool, name string, args ...string) *lab.Cmd {
+func (b *bed) background(port int, name string, args ...string) *lab.Cmd {
 	b.t.Helper()
 	cmd := b.path.B.NS.Command(b.ctx, name, args...)
 	var out bytes.Buffer
@@ -52,25 +52,11 @@ func (b *bed) background(port int, v6 bool, name string, args ...string) *lab.Cm
 		return cmd
 	}
 	b.eventually(name+" listens", func() (string, bool) {
-		table := "tcp"
-		if v6 {
-			table = "tcp6"
-		}
-		text := ""
-		err := b.path.B.NS.Do(func() error {
-			raw, err := os.ReadFile("/proc/thread-self/net/" + table)
-			text = string(raw)
-			return err
-		})
+		ok, err := b.path.B.NS.Listens(port)
 		if err != nil {
 			return err.Error(), false
 		}
-		for _, l := range strings.Split(text, "\n") {
-			if f := strings.Fields(l); len(f) > 3 && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) && f[3] == "0A" {
-				return "", true
-			}
-		}
-		return out.String(), false
+		return out.String(), ok
 	})
 	return cmd
 }
@@ -138,7 +124,7 @@ server { listen %[2]s:8080; root %[1]s; } }`, dir, url)
 	if err := os.WriteFile(filepath.Join(dir, "conf"), []byte(conf), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	b.background(8080, v6, "nginx", "-c", filepath.Join(dir, "conf"))
+	b.background(8080, "nginx", "-c", filepath.Join(dir, "conf"))
 	for range 3 {
 		got := b.run("curl", "-sS", "--fail", "http://"+url+":8080/file")
 		if sha256.Sum256(got) != sha256.Sum256(data) {
@@ -154,7 +140,7 @@ func testIperf(t *testing.T, v6 bool) {
 	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
 	a, z := b.both()
 	ip, _ := b.addr(v6)
-	b.background(5201, v6, "iperf3", "-s", "-B", ip.String())
+	b.background(5201, "iperf3", "-s", "-B", ip.String())
 	for _, flags := range [][]string{{"-P", "8"}, {"-R"}, {"--bidir"}} {
 		args := append([]string{"-c", ip.String(), "-t", "2", "--connect-timeout", "5000"}, flags...)
 		b.run("iperf3", args...)
@@ -189,7 +175,7 @@ func testSSH(t *testing.T, v6 bool) {
 	if err := os.WriteFile(filepath.Join(dir, "conf"), []byte(conf), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b.background(2222, v6, sshd, "-D", "-e", "-f", filepath.Join(dir, "conf"))
+	b.background(2222, sshd, "-D", "-e", "-f", filepath.Join(dir, "conf"))
 	opts := []string{"-F", "none", "-i", filepath.Join(dir, "user"), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"}
 	out := b.run("ssh", append(append([]string{"-p", "2222"}, opts...), me.Username+"@"+ip.String(), "echo", "hello")...)
 	if string(out) != "hello\n" {

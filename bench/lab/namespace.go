@@ -241,6 +241,27 @@ func (n *Namespace) DialFrom(ctx context.Context, network string, local net.Addr
 	return c, err
 }
 
+// Listens reports whether a socket of the namespace listens on a TCP port, of
+// IPv4 or IPv6. Unlike a connection it does not disturb the server.
+func (n *Namespace) Listens(port int) (found bool, err error) {
+	err = n.Do(func() error {
+		for _, table := range []string{"tcp", "tcp6"} {
+			b, err := os.ReadFile("/proc/thread-self/net/" + table)
+			if err != nil {
+				return fmt.Errorf("lab: sockets of %s: %w", n.short, err)
+			}
+			for _, l := range strings.Split(string(b), "\n") {
+				const listen = "0A" // TCP_LISTEN
+				if f := strings.Fields(l); len(f) > 3 && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) && f[3] == listen {
+					found = true
+				}
+			}
+		}
+		return nil
+	})
+	return found, err
+}
+
 // Sysctl writes a value to the namespace's copy of a sysctl, named by its path
 // below /proc/sys, for instance "net/ipv4/tcp_ecn".
 func (n *Namespace) Sysctl(path, value string) error {

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"os"
+	"runtime"
 	"text/tabwriter"
 	"time"
 
@@ -15,20 +17,56 @@ import (
 
 func newBenchCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "bench micro|pipeline|wire",
+		Use:   "bench micro|pipeline|wire|peers|capacity|report",
 		Short: "Measure the program on this machine",
 		Args:  exactArgs("SUITE"),
 	}
-	cmd.AddCommand(newBenchMicro(), newBenchPipeline(), newBenchWire())
+	cmd.AddCommand(newBenchMicro(), newBenchPipeline(), newBenchWire(), newBenchPeers(), newBenchCapacity(), newBenchReport())
 	return cmd
 }
 
-// emit prints rows as JSON with the machine, or as a table.
-func emit[Row any](out io.Writer, asJSON bool, rows []Row, head string, line func(*Row) string) error {
-	if asJSON {
-		enc := json.NewEncoder(out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(bench.Report[Row]{Machine: bench.ThisMachine(), Results: rows})
+// benchOutput says how a suite's rows are printed.
+type benchOutput struct {
+	json, benchstat bool
+	save            string // file that gets the JSON besides what is printed
+	assumptions     []string
+}
+
+func (o *benchOutput) flags(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&o.json, "json", false, "print JSON")
+	cmd.Flags().BoolVar(&o.benchstat, "benchstat", false, "print lines that benchstat reads")
+	cmd.Flags().StringVar(&o.save, "save", "", "file that gets the JSON as well, for bench report")
+	cmd.MarkFlagsMutuallyExclusive("json", "benchstat")
+}
+
+// emit prints rows as JSON with the machine, as lines for benchstat, or as a
+// table.
+func emit[R any, P interface {
+	*R
+	bench.Row
+}](cmd *cobra.Command, o *benchOutput, rows []R, head string, line func(P) string) error {
+	out := cmd.OutOrStdout()
+	text, err := json.MarshalIndent(bench.Report[R]{Machine: bench.ThisMachine(), Suite: cmd.Name(), Assumptions: o.assumptions, Results: rows}, "", "  ")
+	if err != nil {
+		return failure{err}
+	}
+	text = append(text, '\n')
+	if o.save != "" {
+		if err := os.WriteFile(o.save, text, 0o644); err != nil {
+			return failure{err}
+		}
+	}
+	switch {
+	case o.json:
+		_, err := out.Write(text)
+		return err
+	case o.benchstat:
+		m := bench.ThisMachine()
+		fmt.Fprintf(out, "goos: linux\ngoarch: %s\ncpu: %s\n", runtime.GOARCH, m.CPU)
+		for i := range rows {
+			fmt.Fprintln(out, bench.Benchmark(P(&rows[i])))
+		}
+		return nil
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, head+"\t")
@@ -40,13 +78,14 @@ func emit[Row any](out io.Writer, asJSON bool, rows []Row, head string, line fun
 
 func newBenchMicro() *cobra.Command {
 	cmd := &cobra.Command{Use: "micro", Short: "Sealing, opening and key agreement alone", Args: exactArgs()}
-	asJSON := cmd.Flags().Bool("json", false, "print JSON")
+	var o benchOutput
+	o.flags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		rows, err := bench.Micro()
 		if err != nil {
 			return failure{err}
 		}
-		return emit(cmd.OutOrStdout(), *asJSON, rows, "operation\tbytes\tns\tGB/s\tallocs", func(r *bench.MicroRow) string {
+		return emit(cmd, &o, rows, "operation\tbytes\tns\tGB/s\tallocs", func(r *bench.MicroRow) string {
 			return fmt.Sprintf("%s\t%d\t%.0f\t%.2f\t%.0f", r.Name, r.Bytes, r.NsPer, r.GBps, r.Allocs)
 		})
 	}
@@ -55,34 +94,52 @@ func newBenchMicro() *cobra.Command {
 
 func newBenchPipeline() *cobra.Command {
 	cmd := &cobra.Command{Use: "pipeline", Short: "One worker's engine in memory, a packet at a time", Args: exactArgs()}
-	asJSON := cmd.Flags().Bool("json", false, "print JSON")
+	var o benchOutput
+	o.flags(cmd)
 	payloads := cmd.Flags().IntSlice("payload", []int{64, 512, 1440}, "data bytes of a packet")
 	flows := cmd.Flags().IntSlice("flows", []int{1, 1000}, "number of flows")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		for _, n := range *payloads {
-			if n < 1 || n > bench.MaxPayload {
-				return fmt.Errorf("--payload %d: must be 1 to %d", n, bench.MaxPayload)
-			}
-		}
-		for _, n := range *flows {
-			if n < 1 || n > bench.MaxFlows {
-				return fmt.Errorf("--flows %d: must be 1 to %d", n, bench.MaxFlows)
-			}
+		if err := checkPipeline(*payloads, *flows); err != nil {
+			return err
 		}
 		rows, err := bench.Pipeline(*payloads, *flows)
 		if err != nil {
 			return failure{err}
 		}
-		return emit(cmd.OutOrStdout(), *asJSON, rows, "direction\tpayload\tflows\tengine\tns/packet\tof it AEAD\tMpps\tGb/s\tallocs/packet", func(r *bench.PipelineRow) string {
+		return emit(cmd, &o, rows, "direction\tpayload\tflows\tengine\tns/packet\tof it AEAD\tMpps\tGb/s\tallocs/packet", func(r *bench.PipelineRow) string {
 			return fmt.Sprintf("%s\t%d\t%d\t%s\t%.0f\t%.0f\t%.2f\t%.2f\t%.3f", r.Direction, r.Payload, r.Flows, r.Engine, r.NsPer, r.AEADNs, r.PPS/1e6, r.Gbps, r.Allocs)
 		})
 	}
 	return cmd
 }
 
+func checkPipeline(payloads, flows []int) error {
+	for _, n := range payloads {
+		if n < 1 || n > bench.MaxPayload {
+			return fmt.Errorf("--payload %d: must be 1 to %d", n, bench.MaxPayload)
+		}
+	}
+	for _, n := range flows {
+		if n < 1 || n > bench.MaxFlows {
+			return fmt.Errorf("--flows %d: must be 1 to %d", n, bench.MaxFlows)
+		}
+	}
+	return nil
+}
+
 func newBenchWire() *cobra.Command {
 	cmd := &cobra.Command{Use: "wire", Short: "Two hosts in namespaces, against plain TCP; needs root", Args: exactArgs()}
-	asJSON := cmd.Flags().Bool("json", false, "print JSON")
+	return benchHosts(cmd, bench.Wire)
+}
+
+func newBenchPeers() *cobra.Command {
+	cmd := &cobra.Command{Use: "peers", Short: "The same, and whatever of Go TLS, stunnel and wireguard-go is installed", Args: exactArgs()}
+	return benchHosts(cmd, bench.Peers)
+}
+
+func benchHosts(cmd *cobra.Command, suite func(context.Context, bench.WireOptions) ([]bench.WireRow, error)) *cobra.Command {
+	var out benchOutput
+	out.flags(cmd)
 	o := bench.WireOptions{}
 	cmd.Flags().DurationVar(&o.Time, "time", 5*time.Second, "length of each bulk transfer")
 	cmd.Flags().IntVar(&o.Streams, "streams", 1, "connections of the bulk transfer")
@@ -96,15 +153,81 @@ func newBenchWire() *cobra.Command {
 			return failure{err}
 		}
 		o.Log = func(s string) { fmt.Fprintln(cmd.ErrOrStderr(), s) }
-		rows, err := bench.Wire(cmd.Context(), o)
+		rows, err := suite(cmd.Context(), o)
 		if err != nil {
 			return failure{err}
 		}
 		plain := &rows[0]
-		return emit(cmd.OutOrStdout(), *asJSON, rows, "variant\tstreams\tGb/s\tCPU s/GB\t/ plain\trtt p50 us\trtt p99 us\tconn/s\tconnect p50 us\tat 1 ms rtt\tresumed", func(r *bench.WireRow) string {
+		return emit(cmd, &out, rows, "variant\tstreams\tGb/s\tCPU s/GB\t/ plain\trtt p50 us\trtt p99 us\tconn/s\tconnect p50 us\tat 1 ms rtt\tresumed", func(r *bench.WireRow) string {
 			return fmt.Sprintf("%s\t%d\t%.2f\t%.3f\t%.1f\t%.0f\t%.0f\t%.0f\t%.0f (%.2fx)\t%.0f (%.2fx)\t%t", r.Variant, r.Streams, r.Gbps, r.CPUPerGB, r.CPUPerGB/plain.CPUPerGB,
 				r.RTTp50, r.RTTp99, r.ConnPerS, r.Connect50, r.Connect50/plain.Connect50, r.Connect1m, r.Connect1m/plain.Connect1m, r.Resumed)
 		})
+	}
+	return cmd
+}
+
+func newBenchCapacity() *cobra.Command {
+	cmd := &cobra.Command{Use: "capacity", Short: "Cores that links of 10 to 400 Gb/s need, from costs measured here", Args: exactArgs()}
+	var o benchOutput
+	o.flags(cmd)
+	payloads := cmd.Flags().IntSlice("payload", []int{64, 512, 1440, 3400}, "data bytes of a packet")
+	flows := cmd.Flags().Int("flows", 1000, "number of flows")
+	c := bench.DefaultCosts
+	cmd.Flags().Float64Var(&c.ZeroCopy, "zerocopy-ns", c.ZeroCopy, "assumed: AF_XDP in zero-copy mode, ns a packet")
+	cmd.Flags().Float64Var(&c.CopyRX, "copy-rx-ns", c.CopyRX, "assumed: receiving in copy mode, ns a packet")
+	cmd.Flags().Float64Var(&c.CopyTX, "copy-tx-ns", c.CopyTX, "assumed: sending in copy mode, ns a packet")
+	cmd.Flags().Float64Var(&c.Inner, "inner-ns", c.Inner, "assumed: inner path, ns per 1440 bytes")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := checkPipeline(*payloads, []int{*flows}); err != nil {
+			return err
+		}
+		measured, err := bench.Pipeline(*payloads, []int{*flows})
+		if err != nil {
+			return failure{err}
+		}
+		o.assumptions = bench.Assumptions(c)
+		err = emit(cmd, &o, bench.Capacity(measured, c), "direction\tpayload\tmode\tlink Gb/s\tns/packet\tof it engine\tGb/s per core\tcores", func(r *bench.CapacityRow) string {
+			return fmt.Sprintf("%s\t%d\t%s\t%g\t%.0f\t%.0f\t%.1f\t%d", r.Direction, r.Payload, r.Mode, r.LinkGbps, r.NsPer, r.EngineNs, r.GbpsPerCore, r.Cores)
+		})
+		if err == nil && !o.json && !o.benchstat {
+			fmt.Fprintln(cmd.OutOrStdout(), "assumptions:")
+			for _, a := range o.assumptions {
+				fmt.Fprintln(cmd.OutOrStdout(), "  "+a)
+			}
+		}
+		return err
+	}
+	return cmd
+}
+
+func newBenchReport() *cobra.Command {
+	cmd := &cobra.Command{Use: "report FILE...", Short: "One HTML page with charts, from what suites printed with --json"}
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return fmt.Errorf("%s: FILE is missing", cmd.CommandPath())
+		}
+		return nil
+	}
+	out := cmd.Flags().StringP("output", "o", "report.html", "file to write")
+	cmd.RunE = func(cmd *cobra.Command, files []string) error {
+		var p bench.Page
+		for _, f := range files {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				return failure{err}
+			}
+			if err := p.ParseReport(b); err != nil {
+				return failuref("%s: %w", f, err)
+			}
+		}
+		var page bytes.Buffer
+		if err := p.HTML(&page); err != nil {
+			return failure{err}
+		}
+		if err := os.WriteFile(*out, page.Bytes(), 0o644); err != nil {
+			return failure{err}
+		}
+		return nil
 	}
 	return cmd
 }
