@@ -1,8 +1,10 @@
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 10s
+SEGMENTS ?= 1e8
+FIRST    ?= 1
 
-.PHONY: all build demo test test-unit test-interop bench generate lint fuzz clean root
+.PHONY: all build demo test test-unit test-interop sim bench generate lint fuzz clean root
 
 all: build
 
@@ -25,6 +27,10 @@ test-unit:
 # Against a second, independent implementation.
 test-interop: root
 	$(GO) test -count=1 -timeout 30m -v ./bench/interop
+
+# The simulator for long: SEGMENTS on the wire, over seeds from FIRST on.
+sim:
+	$(GO) test -count=1 -timeout 0 -run '^TestSim$$' -v ./fastpath -sim.segments=$(SEGMENTS) -sim.first=$(FIRST) -sim.progress=1m
 
 # Cryptography, the engine, and whole hosts against plain TCP, in one run; the
 # charts are in bin/bench/report.html.

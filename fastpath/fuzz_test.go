@@ -166,7 +166,7 @@ func FuzzTranslator(f *testing.F) {
 				}
 			}
 		}
-		s := newSim(sc)
+		s := newSim(sc, nil)
 		defer s.close()
 		if err := s.run(); err != "" {
 			t.Fatal(err)

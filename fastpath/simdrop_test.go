@@ -33,7 +33,7 @@ func shortScenario(variant int) *scenario {
 // lost: on the wire, or between an engine and its stack.
 func dropRun(t *testing.T, variant int, wire bool, drop ...int) int {
 	t.Helper()
-	s := newSim(shortScenario(variant))
+	s := newSim(shortScenario(variant), nil)
 	defer s.close()
 	n := 0
 	s.drop = func(onWire bool) bool {
@@ -88,7 +88,7 @@ func TestSimDropControl(t *testing.T) {
 		return sc
 	}
 	run := func(drop ...int) (n int) {
-		s := newSim(sc())
+		s := newSim(sc(), nil)
 		defer s.close()
 		s.dropSegment = func(from int, g *packet.Segment) bool {
 			if from != 1 || g.Len() == 0 {

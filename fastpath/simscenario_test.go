@@ -161,29 +161,5 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 
 // TestSim plays random scenarios. It is the main test of the translator.
 func TestSim(t *testing.T) {
-	n := 2500
-	if testing.Short() {
-		n = 150
-	}
-	start := time.Now()
-	segs, steps := 0, 0
-	var virtual time.Duration
-	reasons := map[string]int{}
-	for _, seed := range simSeedList(n) {
-		s := newSim(randomScenario(seed))
-		err := s.run()
-		s.close()
-		if err != "" {
-			t.Errorf("seed %d: %s\nrerun: go test -run 'TestSim$' -sim.seed=%d", seed, err, seed)
-		}
-		segs += s.segs
-		steps += s.steps
-		virtual += s.now
-		for r, k := range s.reasons {
-			reasons[r] += k
-		}
-	}
-	d := time.Since(start)
-	t.Logf("%d outer segments, %d steps, %v of virtual time in %v: %.0f segments/s; flows ended: %v",
-		segs, steps, virtual.Round(time.Second), d.Round(time.Millisecond), float64(segs)/d.Seconds(), reasons)
+	simRun(t, simGoal(t), randomScenario)
 }

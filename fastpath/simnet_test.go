@@ -1,0 +1,209 @@
+package fastpath
+
+import (
+	"encoding/binary"
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+)
+
+// sent is what leaves a node: the monitor looks at it, then it travels.
+func (s *sim) sent(from int, b []byte) {
+	s.segs++
+	s.bytes += uint64(len(b))
+	if s.trace {
+		s.logf("node %d outer -> %s", from, segText(b))
+	}
+	var g packet.Segment
+	if err := packet.Parse(b, packet.FromInner, &g); err != nil {
+		s.fail("node %d: bad packet to the wire: %v", from, err)
+		return
+	}
+	f := s.nodes[from].flows[g.Key]
+	if f == nil {
+		s.fail("node %d: packet of an unknown flow to the wire", from)
+		return
+	}
+	if len(g.Frame) != len(b) {
+		s.fail("node %d: %d bytes behind the packet", from, len(b)-len(g.Frame))
+	}
+	f.wire[from].observe(&g)
+	if s.dropSegment != nil && s.dropSegment(from, &g) {
+		s.logf("lost")
+		s.putBuf(b)
+		return
+	}
+	s.travel(from, b)
+}
+
+// travel takes a packet through the network.
+func (s *sim) travel(from int, b []byte) {
+	c := &s.sc.net[from]
+	if s.drop != nil && s.drop(true) {
+		s.logf("lost")
+		s.putBuf(b)
+		return
+	}
+	if s.now >= s.sc.quiet {
+		s.schedule(from, b, c.delay)
+		return
+	}
+	n := s.nodes[from]
+	if n.burst {
+		n.burst = !s.chance(c.burstOut)
+	} else {
+		n.burst = s.chance(c.burstIn)
+	}
+	if n.burst || s.chance(c.loss) {
+		s.logf("lost")
+		s.putBuf(b)
+		return
+	}
+	var g packet.Segment
+	packet.Parse(b, packet.FromInner, &g)
+	if c.mtu != 0 && len(b)-g.L3 > c.mtu {
+		s.tooBig(from, &g, c.mtu)
+		s.putBuf(b)
+		return
+	}
+	if g.TOS&3 == 2 && s.chance(c.ce) {
+		s.markCE(&g)
+	}
+	if s.chance(c.corrupt) {
+		b[g.L3+s.rng.IntN(len(b)-g.L3)] ^= 1 << s.rng.IntN(8)
+	} else if g.Len() > 0 && s.chance(c.forge) {
+		b[g.Data+s.rng.IntN(g.Len())] ^= 1 << s.rng.IntN(8)
+		packet.FullChecksum(b, g.L3, g.L4, g.V6)
+	} else if g.Len() > 1 && s.chance(c.split) {
+		p := g.Payload()
+		for off := 0; off < len(p); {
+			m := 1 + s.rng.IntN(len(p)-off)
+			if s.rng.IntN(4) == 0 {
+				m = min(m, 1+s.rng.IntN(20))
+			}
+			s.journey(from, s.slice(&g, off, m))
+			off += m
+		}
+		s.putBuf(b)
+		return
+	}
+	s.journey(from, b)
+}
+
+// slice makes a segment of m payload bytes of g from off on.
+func (s *sim) slice(g *packet.Segment, off, m int) []byte {
+	p := g.Payload()
+	b := packet.Rewrite(s.getBuf(len(g.Frame))[:0], g, g.Options(), p[off:off+m])
+	binary.BigEndian.PutUint32(b[g.L4+4:], g.Seq+uint32(off))
+	if off+m < len(p) {
+		b[g.L4+13] &^= packet.FIN | packet.PSH
+	}
+	packet.FullChecksum(b, g.L3, g.L4, g.V6)
+	return b
+}
+
+func (s *sim) markCE(g *packet.Segment) {
+	if g.V6 {
+		g.Frame[g.L3+1] |= 0x30
+	} else {
+		g.Frame[g.L3+1] |= 3
+		packet.PutIPv4Checksum(g.Frame[g.L3:g.L4])
+	}
+}
+
+func (s *sim) journey(from int, b []byte) {
+	c := &s.sc.net[from]
+	d := c.delay
+	if c.jitter > 0 && s.chance(c.reorder) {
+		d += time.Duration(s.rng.Int64N(int64(c.jitter)))
+	}
+	if s.chance(c.dup) {
+		x := s.getBuf(len(b))
+		copy(x, b)
+		s.schedule(from, x, d+time.Duration(s.rng.Int64N(int64(c.jitter+1))))
+	}
+	s.schedule(from, b, d)
+}
+
+func (s *sim) schedule(from int, b []byte, d time.Duration) {
+	s.events.push(simEvent{at: s.now + d, ord: s.nextOrd(), node: 1 - from, buf: b})
+}
+
+// tooBig answers a packet that does not fit the path.
+func (s *sim) tooBig(to int, g *packet.Segment, mtu int) {
+	emb := g.Frame[g.L3:min(len(g.Frame), g.L4+packet.TCPLen)]
+	b := append(s.getBuf(0), g.Frame[:g.L3]...)
+	if g.V6 {
+		b = append(b, 0x60, 0, 0, 0)
+		b = binary.BigEndian.AppendUint16(b, uint16(8+len(emb)))
+		b = append(b, 58, 64)
+		b = append(b, g.Dst()...)
+		b = append(b, g.Src()...)
+		b = append(b, 2, 0, 0, 0)
+		b = binary.BigEndian.AppendUint32(b, uint32(mtu))
+	} else {
+		b = append(b, 0x45, 0)
+		b = binary.BigEndian.AppendUint16(b, uint16(packet.IPv4Len+8+len(emb)))
+		b = append(b, 0, 0, 0, 0, 64, 1, 0, 0)
+		b = append(b, g.Dst()...)
+		b = append(b, g.Src()...)
+		packet.PutIPv4Checksum(b[g.L3:])
+		b = append(b, 3, 4, 0, 0, 0, 0)
+		b = binary.BigEndian.AppendUint16(b, uint16(mtu))
+	}
+	l4 := len(b) - 8
+	b = append(b, emb...)
+	packet.ICMPChecksum(b, g.L3, l4, g.V6)
+	s.events.push(simEvent{at: s.now + s.sc.net[to].delay, ord: s.nextOrd(), node: to, buf: b})
+}
+
+// mergeRun joins consecutive segments of a queue as GRO does. i is left at the
+// last one taken.
+func (s *sim) mergeRun(q [][]byte, i *int) []byte {
+	var a, b packet.Segment
+	p := q[*i]
+	if packet.Parse(p, packet.FromOuter, &a) != nil || !a.ChecksumOK(s.sc.virtual) || a.Len() == 0 || a.Flags&^packet.PSH != packet.ACK {
+		return p
+	}
+	seq := a.Seq + uint32(a.Len())
+	data := append(s.getBuf(bigBuf)[:0], a.Payload()...)
+	n := 0
+	for *i+1 < len(q) {
+		if packet.Parse(q[*i+1], packet.FromOuter, &b) != nil || !b.ChecksumOK(s.sc.virtual) || b.Len() == 0 || b.Flags&^(packet.PSH|packet.FIN) != packet.ACK ||
+			b.Key != a.Key || b.Seq != seq || b.TOS != a.TOS || len(b.Options()) != len(a.Options()) || b.Ack != a.Ack || b.Wnd != a.Wnd ||
+			b.TSval != a.TSval || b.TSecr != a.TSecr || b.NSACK > 0 || len(data)+b.Len() > 60000 {
+			break
+		}
+		data = append(data, b.Payload()...)
+		seq += uint32(b.Len())
+		p[a.L4+13] |= b.Flags
+		*i++
+		n++
+	}
+	if n == 0 {
+		s.putBuf(data)
+		return p
+	}
+	out := packet.Rewrite(s.getBuf(bigBuf)[:0], &a, a.Options(), data)
+	packet.FullChecksum(out, a.L3, a.L4, a.V6)
+	s.putBuf(data)
+	s.putBuf(p)
+	return out
+}
+
+// deliver puts a packet into a node's receive queue.
+func (s *sim) deliver(node int, b []byte) {
+	n := s.nodes[node]
+	var g packet.Segment
+	if packet.Parse(b, packet.FromOuter, &g) == nil {
+		if f := n.flows[g.Key]; f != nil && g.ChecksumOK(s.sc.virtual) {
+			f.wire[1-node].arrived(&g)
+			if !f.up[node] {
+				s.putBuf(b)
+				return
+			}
+		}
+	}
+	n.outer = append(n.outer, b)
+	n.wake()
+}

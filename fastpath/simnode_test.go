@@ -1,0 +1,254 @@
+package fastpath
+
+import (
+	"encoding/binary"
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
+)
+
+// simNode is one host: an engine with its packet memory, and the models of its
+// kernel's connections.
+type simNode struct {
+	s      *sim
+	id     int
+	e      *Engine
+	u      *xdp.Umem
+	flows  map[packet.Key]*simFlow
+	outer  [][]byte
+	inner  [][]byte
+	spare  [][]byte
+	pollAt time.Duration // 0: not due
+	vec    []xdp.Desc
+	burst  bool
+	ended  map[string]int
+	asm    []byte
+}
+
+// fromModel queues a packet of a model for the engine.
+func (n *simNode) fromModel(b []byte) {
+	s := n.s
+	if s.trace {
+		s.logf("node %d inner -> %s", n.id, segText(b[xdp.VnetHdrLen:]))
+	}
+	c := &s.sc.net[n.id]
+	quiet := s.now >= s.sc.quiet
+	// A reset is said once: whoever loses it waits for a keep-alive.
+	var g packet.Segment
+	if packet.Parse(b[xdp.VnetHdrLen:], packet.FromInner, &g) == nil && g.Flags&packet.RST != 0 {
+		quiet = true
+	}
+	if !quiet && s.chance(c.tapReadLoss) || s.drop != nil && s.drop(false) {
+		s.logf("lost")
+		s.putBuf(b)
+		return
+	}
+	n.inner = append(n.inner, b)
+	if !quiet && s.chance(c.tapRdDupe) {
+		d := s.getBuf(len(b))
+		copy(d, b)
+		n.inner = append(n.inner, d)
+	}
+	n.wake()
+}
+
+func (n *simNode) wake() {
+	if n.pollAt == 0 {
+		n.pollAt = n.s.now
+		if d := n.s.sc.pollDelay; d > 0 {
+			n.pollAt += time.Duration(n.s.rng.Int64N(int64(d)))
+		}
+	}
+}
+
+// poll is the worker's loop: both queues, then what they made due.
+func (n *simNode) poll() {
+	s := n.s
+	n.pollAt = 0
+	q := n.outer
+	n.outer = nil
+	for i := 0; i < len(q); i++ {
+		p := q[i]
+		if i+1 < len(q) && s.chance(s.sc.net[1-n.id].merge) {
+			p = s.mergeRun(q, &i)
+		}
+		if len(p) > s.sc.chunkSize-xdp.Headroom {
+			n.outerVec()
+			n.e.OuterFrame(p, s.now)
+			n.drain()
+			s.putBuf(p)
+			continue
+		}
+		addr, ok := n.u.Alloc()
+		if !ok {
+			// The fill ring ran empty, as it may; packets are lost.
+			s.putBuf(p)
+			continue
+		}
+		addr += xdp.Headroom
+		copy(n.u.Bytes(addr, len(p)), p)
+		n.vec = append(n.vec, xdp.Desc{Addr: addr, Len: uint32(len(p))})
+		s.putBuf(p)
+		if len(n.vec) == VectorSize {
+			n.outerVec()
+		}
+	}
+	n.outerVec()
+	n.spare, n.inner = n.inner, n.spare[:0]
+	for _, b := range n.spare {
+		n.e.InnerIn(b, s.now)
+	}
+	n.e.Flush(s.now)
+	n.drain()
+	for _, b := range n.spare {
+		s.putBuf(b)
+	}
+	n.checkEngine()
+}
+
+func (n *simNode) outerVec() {
+	if len(n.vec) > 0 {
+		n.e.OuterIn(n.vec, n.s.now)
+		n.vec = n.vec[:0]
+		n.drain()
+	}
+}
+
+// drain empties the engine's outputs.
+func (n *simNode) drain() {
+	s := n.s
+	if s.sc.virtual {
+		n.e.FinishOut(func(*xdp.Desc, uint16, uint16) {})
+	} else {
+		n.e.FinishOut(nil)
+	}
+	for _, d := range n.e.Out() {
+		b := s.getBuf(int(d.Len))
+		copy(b, n.u.Bytes(d.Addr, int(d.Len)))
+		n.u.Free(d.Addr)
+		s.sent(n.id, b)
+	}
+	n.e.ClearOut()
+	in := n.e.In()
+	for i := range in {
+		b := append(n.asm[:0], in[i].Header()...)
+		for _, d := range in[i].Data() {
+			b = append(b, d...)
+		}
+		n.asm = b
+		n.toModel(b)
+	}
+	n.e.ClearIn()
+	for _, ev := range n.e.Events() {
+		n.event(&ev)
+	}
+}
+
+func (n *simNode) event(ev *Event) {
+	s := n.s
+	switch ev.Kind {
+	case FlowEnded:
+		s.logf("node %d ended: %s", n.id, ev.Info.Reason)
+		n.ended[ev.Info.Reason]++
+		s.reasons[ev.Info.Reason]++
+	case FlowGone:
+		f := n.flows[ev.Key]
+		f.gone[n.id] = true
+		if ev.Destroy {
+			f.m[n.id].reset = true
+		} else if m := f.m[n.id]; m.eof && m.peer.eof {
+			// Its last ACK got lost for longer than the flow lingered.
+			m.lateRST = !m.done()
+			m.reset = m.reset || m.lateRST
+		} else if !m.done() {
+			s.fail("node %d: flow is gone, its socket is not done: %v", n.id, f.m[n.id])
+		}
+	case SlowFrame:
+		// A kernel without the socket answers with a reset.
+		var g packet.Segment
+		if ev.Dir == packet.FromOuter && packet.Parse(ev.Frame, packet.FromOuter, &g) == nil && g.Flags&packet.RST == 0 {
+			f := n.flows[g.Key]
+			if f == nil || !f.up[n.id] || f.m[n.id].rcv == 0 && !f.gone[n.id] {
+				return
+			}
+			b := s.getBuf(packet.MaxHeaders)
+			h := packet.Header{Seq: g.Ack, Flags: packet.RST}
+			b = b[:f.m[n.id].tmpl.Compose(b, &h, 0)]
+			packet.FullChecksum(b, g.L3, len(b)-packet.TCPLen, g.V6)
+			s.travel(n.id, b)
+		}
+	}
+}
+
+func (n *simNode) toModel(b []byte) {
+	s := n.s
+	if s.trace {
+		s.logf("node %d inner <- %s", n.id, segText(b[xdp.VnetHdrLen:]))
+	}
+	frame := b[xdp.VnetHdrLen:]
+	var g packet.Segment
+	if err := packet.Parse(frame, packet.FromOuter, &g); err == packet.ErrNotTCP {
+		n.icmpToModel(frame)
+		return
+	} else if err != nil {
+		s.fail("node %d: bad packet to the inner side: %v", n.id, err)
+		return
+	}
+	f := n.flows[g.Key]
+	if f == nil {
+		s.fail("node %d: packet for an unknown socket %v", n.id, g.Key)
+		return
+	}
+	m := f.m[n.id]
+	if fl := n.e.tab.find(&g.Key); fl != nil {
+		m.consumed = fl.sealI
+	}
+	c := &s.sc.net[n.id]
+	quiet := s.now >= s.sc.quiet
+	if !quiet && s.chance(c.tapLoss) || s.drop != nil && s.drop(false) {
+		s.logf("lost")
+		return
+	}
+	m.input(b, s.now)
+	if !quiet && s.chance(c.tapDup) && g.Flags&packet.RST == 0 {
+		m.input(b, s.now)
+	}
+}
+
+// icmpToModel checks a translated ICMP error and lets the model act on it.
+func (n *simNode) icmpToModel(frame []byte) {
+	s := n.s
+	var x packet.L3Info
+	if err := packet.ParseL3(frame, &x); err != nil || !packet.ICMPChecksumOK(frame[:x.End], x.L3, x.L4, x.V6) {
+		s.fail("node %d: bad ICMP message to the inner side: %v", n.id, err)
+		return
+	}
+	m := frame[x.L4:]
+	emb := m[8:]
+	k := packet.Key{VLAN: x.VLAN}
+	ihl, mtu := packet.IPv4Len, int(binary.BigEndian.Uint16(m[6:]))
+	if x.V6 {
+		ihl, mtu = packet.IPv6Len, int(binary.BigEndian.Uint32(m[4:]))
+		copy(k.Local[:], emb[8:24])
+		copy(k.Remote[:], emb[24:40])
+	} else {
+		k.Local = [16]byte{10: 0xff, 11: 0xff, 12: emb[12], 13: emb[13], 14: emb[14], 15: emb[15]}
+		k.Remote = [16]byte{10: 0xff, 11: 0xff, 12: emb[16], 13: emb[17], 14: emb[18], 15: emb[19]}
+	}
+	k.LPort, k.RPort = binary.BigEndian.Uint16(emb[ihl:]), binary.BigEndian.Uint16(emb[ihl+2:])
+	f := n.flows[k]
+	if f == nil {
+		s.fail("node %d: ICMP message for an unknown socket", n.id)
+		return
+	}
+	t := f.m[n.id]
+	if o := offOf(t.iss, binary.BigEndian.Uint32(emb[ihl+4:]), t.una); o < int64(t.una) && !t.cfg.lossy || o > int64(t.max) {
+		s.fail("node %d: ICMP message about %d, in flight are [%d,%d)", n.id, o, t.una, t.max)
+	}
+	mss := mtu - ihl - packet.TCPLen
+	if t.cfg.ts {
+		mss -= 12
+	}
+	t.cfg.mss = max(88, min(t.cfg.mss, mss))
+}

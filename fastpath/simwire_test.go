@@ -1,0 +1,355 @@
+package fastpath
+
+import (
+	"bytes"
+	"fmt"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+)
+
+// wireFrame is one frame as the monitor saw it.
+type wireFrame struct {
+	o, i       uint64
+	oLen, iLen uint32
+	hdr        uint8
+}
+
+// wire watches one direction of one flow.
+type wire struct {
+	s       *sim
+	f       *simFlow
+	from    int
+	iss     uint32
+	mss     int
+	shift   uint8
+	sess    *crypto.Session // of the receiver
+	init    []byte
+	buf     []byte // the stream as it was first sent
+	have    spans
+	high    uint64 // end of what was sent, the FIN included
+	gap     bool
+	parsed  uint64
+	inner   uint64
+	gen     uint32
+	rekeys  int
+	finp    bool
+	fin     bool
+	finO    uint64
+	frames  []wireFrame
+	ledger  map[nonce]uint64
+	scratch []byte
+
+	delivered spans  // what the receiving engine was given
+	edge      uint64 // right edge that the sender was told
+	ackSent   uint64 // by this sender, about the other direction
+	edgeSent  uint64
+	tsSent    uint32
+	tsSeen    bool
+	rst       bool
+}
+
+// nonce identifies an AEAD invocation of a direction.
+type nonce struct {
+	gen    uint32
+	offset uint64
+}
+
+func newWire(s *sim, f *simFlow, from int, sess *crypto.Session, init []byte) *wire {
+	return &wire{s: s, f: f, from: from, sess: sess, init: init, ledger: map[nonce]uint64{}}
+}
+
+func (w *wire) start(est, peer *slowpath.Established) {
+	w.iss, w.mss = est.ISS, est.PeerMSS
+	if est.WScaleOK {
+		w.shift = est.LocalWScale
+	}
+	n := uint64(len(w.init))
+	w.buf = append(w.buf, w.init...)
+	w.have.add(0, n)
+	w.high, w.parsed = n, n
+	w.delivered.add(0, n)
+	w.edge = uint64(peer.RxEdge)
+	w.ackSent = uint64(est.RxOffset)
+	if est.Role == crypto.RoleA {
+		w.ackSent = uint64(peer.TxAcked)
+	}
+	w.edgeSent = uint64(est.RxEdge)
+}
+
+func (w *wire) fail(format string, args ...any) {
+	w.s.fail("wire of %s from node %d: %s", w.f.name, w.from, fmt.Sprintf(format, args...))
+}
+
+// observe checks a segment that leaves the engine.
+func (w *wire) observe(g *packet.Segment) {
+	rev := w.f.wire[1-w.from]
+	if !g.ChecksumOK(w.s.sc.virtual) {
+		w.fail("bad checksum")
+	}
+	if g.TOS>>2 != w.f.m[w.from].cfg.dscp {
+		w.fail("DSCP %d, want %d", g.TOS>>2, w.f.m[w.from].cfg.dscp)
+	}
+	if g.Flags&packet.RST != 0 {
+		w.rst = true
+		if g.Len() > 0 {
+			w.fail("reset with data")
+		}
+		return
+	}
+	if g.Flags&packet.SYN != 0 || g.Flags&packet.ACK == 0 || g.Flags&packet.URG != 0 {
+		w.fail("flags %#x", g.Flags)
+	}
+	if g.HasTS != w.f.cfg.ts {
+		w.fail("timestamp option %v", g.HasTS)
+	}
+	if g.HasTS {
+		if w.tsSeen && packet.SeqDiff(g.TSval, w.tsSent) < 0 {
+			w.fail("TSval went back from %d to %d", w.tsSent, g.TSval)
+		}
+		w.tsSeen, w.tsSent = true, g.TSval
+		if m := w.f.m[w.from]; m.tsSent != 0 && packet.SeqDiff(g.TSval, m.tsSent) > 0 {
+			w.fail("TSval %d is newer than the inner stack's %d", g.TSval, m.tsSent)
+		}
+	}
+	w.observeAck(g, rev)
+	o := offOf(w.iss, g.Seq, w.high)
+	n := g.Len()
+	if n > 0 && n+len(g.Options()) > w.mss {
+		w.fail("%d bytes and %d of options exceed the MSS of %d", n, len(g.Options()), w.mss)
+	}
+	if o < 0 && n > 0 || o > int64(w.high) && !w.gap && n > 0 && w.s.nodes[w.from].e.st.NoChunk == 0 {
+		w.fail("segment at %d, sent were %d", o, w.high)
+		return
+	}
+	fin := g.Flags&packet.FIN != 0
+	if n > 0 {
+		w.data(uint64(o), g.Payload())
+	}
+	if fin {
+		at := uint64(o) + uint64(n)
+		if w.fin && w.finO != at {
+			w.fail("FIN at %d and at %d", w.finO, at)
+		}
+		w.fin, w.finO = true, at
+		w.high = max(w.high, at+1)
+	}
+	if w.fin && w.high > w.finO+1 {
+		w.fail("data behind the FIN")
+	}
+	w.parse()
+	if w.fin && w.parsed == w.finO && !w.finp {
+		w.fail("FIN at %d without FINp", w.finO)
+	}
+}
+
+func (w *wire) observeAck(g *packet.Segment, rev *wire) {
+	a := offOf(rev.iss, g.Ack, w.ackSent)
+	if a < int64(w.ackSent) {
+		w.fail("acknowledgement went back from %d to %d", w.ackSent, a)
+		return
+	}
+	if d, ok := rev.delivered.next(0); a > 0 && (!ok || d.s != 0 || uint64(a) > d.e) {
+		w.fail("acknowledges %d, received are %v", a, rev.delivered)
+	}
+	w.ackSent = uint64(a)
+	edge := uint64(a) + uint64(g.Wnd)<<w.shift
+	if edge < w.edgeSent {
+		w.fail("window edge went back from %d to %d", w.edgeSent, edge)
+	}
+	w.edgeSent = edge
+	for k, b := range g.SACK[:g.NSACK] {
+		l, r := offOf(rev.iss, b[0], w.ackSent), offOf(rev.iss, b[1], w.ackSent)
+		switch {
+		case l < 0 || l >= r || !rev.delivered.covers(uint64(l), uint64(r)):
+			w.fail("SACK block [%d,%d), received are %v", l, r, rev.delivered)
+		case l <= a && k > 0:
+			w.fail("SACK block [%d,%d) with acknowledgement %d", l, r, a)
+		case !w.f.cfg.sack:
+			w.fail("SACK was not negotiated")
+		}
+	}
+}
+
+// data holds bytes against what the same numbers carried before.
+func (w *wire) data(o uint64, p []byte) {
+	if bytes.Contains(p, []byte(canary)) {
+		w.fail("plaintext at %d", o)
+	}
+	end := o + uint64(len(p))
+	if end > w.edge {
+		w.fail("data to %d, the peer's window ends at %d", end, w.edge)
+	}
+	if end > uint64(len(w.buf)) {
+		w.buf = append(w.buf, make([]byte, end-uint64(len(w.buf)))...)
+	}
+	if w.have.covers(o, end) {
+		if !bytes.Equal(w.buf[o:end], p) {
+			w.fail("other bytes for [%d,%d)", o, end)
+		}
+		return
+	}
+	for at := o; at < end; {
+		r, ok := w.have.next(at)
+		if ok && r.s <= at {
+			e := min(r.e, end)
+			if !bytes.Equal(w.buf[at:e], p[at-o:e-o]) {
+				w.fail("other bytes for [%d,%d)", at, e)
+			}
+			at = e
+			continue
+		}
+		e := end
+		if ok {
+			e = min(e, r.s)
+		}
+		copy(w.buf[at:e], p[at-o:])
+		at = e
+	}
+	w.have.add(o, end)
+	w.high = max(w.high, end)
+}
+
+// parse opens the frames that are complete and compares them with what the
+// application wrote.
+func (w *wire) parse() {
+	m := w.f.m[w.from]
+	for {
+		r, ok := w.have.next(0)
+		if !ok || r.s != 0 || r.e < w.parsed+crypto.FrameHeader {
+			return
+		}
+		b := w.buf[w.parsed:r.e]
+		n, err := crypto.FrameLen(b)
+		if err != nil {
+			w.fail("frame at %d: %v", w.parsed, err)
+			return
+		}
+		if n > len(b) {
+			return
+		}
+		if w.finp {
+			w.fail("frame at %d behind FINp", w.parsed)
+		}
+		if b[0]&^crypto.ControlRekey != 0 {
+			w.fail("control byte %#x", b[0])
+		}
+		if b[0]&crypto.ControlRekey != 0 {
+			w.gen++
+			w.rekeys++
+		}
+		w.scratch = append(w.scratch[:0], b[:n]...)
+		id := nonce{w.gen, w.parsed}
+		if _, twice := w.ledger[id]; twice {
+			w.fail("nonce %+v used twice", id)
+		}
+		w.ledger[id] = uint64(n)
+		plain, ok := w.sess.RecvKey(w.gen).Open(w.scratch, w.parsed)
+		if !ok {
+			w.fail("frame at %d of %d bytes does not open, generation %d", w.parsed, n, w.gen)
+			return
+		}
+		fl, urg, data, err := crypto.ParsePlain(plain)
+		if err != nil || fl&^(crypto.FlagFIN|crypto.FlagURG) != 0 {
+			w.fail("frame at %d: flags %#x, %v", w.parsed, fl, err)
+		}
+		hdr := crypto.FrameHeader + 1
+		if fl&crypto.FlagURG != 0 {
+			hdr += 2
+			if !m.urgAll[w.inner+uint64(urg)+1] {
+				w.fail("frame at %d: urgent %d at %d was not urgent", w.parsed, urg, w.inner)
+			}
+		}
+		if w.inner+uint64(len(data)) > m.written || !bytes.Equal(data, content(m.phase, w.inner, len(data))) {
+			w.fail("frame at %d: plaintext [%d,%d) is not what was written", w.parsed, w.inner, w.inner+uint64(len(data)))
+		}
+		w.frames = append(w.frames, wireFrame{w.parsed, w.inner, uint32(n), uint32(len(data)), uint8(hdr)})
+		w.parsed += uint64(n)
+		w.inner += uint64(len(data))
+		if fl&crypto.FlagFIN != 0 {
+			w.finp = true
+			if w.inner != m.app.total || !m.closing() {
+				w.fail("FINp at %d of %d, closing %v", w.inner, m.app.total, m.closing())
+			}
+		}
+	}
+}
+
+// image returns the outer bytes that carry the inner byte i, or the FIN.
+func (w *wire) image(i uint64) (s, e uint64, ok bool) {
+	if i >= w.f.m[w.from].app.total {
+		return w.finO, w.finO + 1, w.fin
+	}
+	lo, hi := 0, len(w.frames)
+	for lo < hi {
+		mid := (lo + hi) / 2
+		if f := &w.frames[mid]; f.i+uint64(f.iLen) > i {
+			hi = mid
+		} else {
+			lo = mid + 1
+		}
+	}
+	if lo == len(w.frames) {
+		// A frame of which only a part was sent yet, for want of window.
+		if w.parsed >= uint64(len(w.buf)) {
+			return 0, 0, false
+		}
+		s = w.parsed + crypto.FrameHeader + 1 + (i - w.inner)
+		return s, s + 1, true
+	}
+	f := &w.frames[lo]
+	s = f.o + uint64(f.hdr) + (i - f.i)
+	if i == f.i {
+		s = f.o
+		for lo > 0 && w.frames[lo-1].iLen == 0 {
+			lo--
+			s = w.frames[lo].o
+		}
+	}
+	e = f.o + uint64(f.hdr) + (i - f.i) + 1
+	if i+1 == f.i+uint64(f.iLen) {
+		e = f.o + uint64(f.oLen)
+	}
+	return s, e, true
+}
+
+// checkAck holds an inner acknowledgement of the bytes [from,to) against what
+// the other engine was given: their whole image must be there.
+func (w *wire) checkAck(from, to uint64, sack bool) {
+	if sack && (len(w.have) != 1 || w.have[0].s != 0) {
+		// Bytes that never got a chunk to travel in hide where frames begin.
+		return
+	}
+	s, e, ok := uint64(0), uint64(0), true
+	if sack {
+		s, _, ok = w.image(from)
+	}
+	if ok {
+		_, e, ok = w.image(to - 1)
+	}
+	if !ok || !w.delivered.covers(s, e) {
+		w.fail("inner bytes [%d,%d) (SACK %v) are acknowledged: outer [%d,%d) %v, received are %v", from, to, sack, s, e, ok, w.delivered)
+	}
+}
+
+// arrived notes what the receiving engine is given, and the window that its
+// sender is told by it.
+func (w *wire) arrived(g *packet.Segment) {
+	if g.Flags&packet.RST != 0 {
+		return
+	}
+	rev := w.f.wire[1-w.from]
+	o := offOf(w.iss, g.Seq, w.high)
+	n := uint64(g.Len())
+	if g.Flags&packet.FIN != 0 {
+		n++
+	}
+	if o >= 0 && n > 0 {
+		w.delivered.add(uint64(o), uint64(o)+n)
+	}
+	if g.Flags&packet.ACK != 0 {
+		a := offOf(rev.iss, g.Ack, rev.high)
+		rev.edge = max(rev.edge, uint64(a)+uint64(g.Wnd)<<w.shift)
+	}
+}
