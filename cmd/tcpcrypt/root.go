@@ -29,6 +29,7 @@ stays the plain TCP connection that it would have been.`,
 		newSessionCommand(),
 		newRekeyCommand(),
 		newCacheCommand(),
+		newDoctorCommand(),
 		newBenchCommand(),
 		newVersionCommand(),
 	)
