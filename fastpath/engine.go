@@ -412,7 +412,7 @@ func (e *Engine) outerSegment(f *flow, s *packet.Segment, src source) {
 	}
 	if s.Flags&packet.RST != 0 {
 		switch {
-		case o == int64(f.nxtO):
+		case o == int64(f.nxtO) && !f.parted():
 			e.peerReset(f)
 		case o > int64(f.nxtO) && o <= int64(f.rxEdge):
 			e.challenge(f)

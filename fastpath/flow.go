@@ -203,6 +203,11 @@ func offOf(isn, seq uint32, near uint64) int64 {
 	return int64(near) + int64(int32(seq-seqOf(isn, near)))
 }
 
+// parted reports whether the outer connection is over, both ways and
+// authentically. What is left of the flow is custody that the inner stack has
+// not taken: the peer may have forgotten us.
+func (f *flow) parted() bool { return f.finTaken && f.finSealed && f.unaO == f.sealO }
+
 func newFlow(est *slowpath.Established, now time.Duration) *flow {
 	f := &flow{
 		key: est.Key, iss: est.ISS, irs: est.IRS, born: now, heapIx: -1,

@@ -479,6 +479,47 @@ func TestLinger(t *testing.T) {
 	r.gone()
 }
 
+// When both directions have ended, the peer may be gone while a slow reader has
+// not taken everything: custody survives keep-alives and the peer's resets.
+func TestCustodyOutlivesPeer(t *testing.T) {
+	r := newRig(t, rigConfig{innerWnd: 1000, rxEdge: 60000})
+	r.auto = false
+	want := content(3, 0, 3000)
+	f := r.seal(crypto.FlagFIN, want)
+	o := int64(0)
+	for len(f) > 0 {
+		n := min(len(f), 1400)
+		fl := uint8(0)
+		if n == len(f) {
+			fl = packet.FIN
+		}
+		r.outer(seg{o: o, data: f[:n], flags: fl})
+		f, o = f[n:], o+int64(n)
+	}
+	r.inner(seg{flags: packet.FIN, ack: -1, wnd: 1000})
+	last := r.outs[len(r.outs)-1]
+	end := last.o + int64(last.Len()) + 1
+	r.outer(seg{o: o + 1, ack: end})
+	r.forget()
+	r.inner(seg{o: 0, ack: -1, wnd: 1000})
+	if len(r.outs) != 0 || len(r.ins) != 1 {
+		t.Errorf("a keep-alive makes %d packets outward and %d inward", len(r.outs), len(r.ins))
+	}
+	r.outer(seg{o: o + 1, flags: packet.RST, ack: end})
+	if why := r.ended(); why != "" || len(resets(r.ins)) > 0 {
+		t.Fatalf("a reset of the peer ends the flow: %q", why)
+	}
+	r.got = append(r.got, want[:1000]...)
+	r.auto, r.autoWnd = true, 60000
+	r.inner(seg{o: 1})
+	r.inner(seg{o: 1})
+	if !bytes.Equal(r.got, want) || !r.eof {
+		t.Errorf("delivered %d bytes of %d, end-of-file %v", len(r.got), len(want), r.eof)
+	}
+	r.wantEnded(ReasonClosed)
+	r.gone()
+}
+
 // Ports are used again: the old flow goes, the slow path gets the SYN (T20).
 func TestPortsReused(t *testing.T) {
 	syn := seg{flags: packet.SYN, noAck: true, o: 12345}

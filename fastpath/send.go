@@ -390,8 +390,13 @@ func (e *Engine) resend(f *flow, a, b uint64) {
 
 // relayProbe handles a segment below una that asks for an ACK: a keep-alive,
 // which is to show that the peer lives, or a window probe. The peer is asked in
-// turn, and its answer becomes the inner stack's.
+// turn, and its answer becomes the inner stack's. One that has nothing more to
+// say may be gone, and its reset would cost what is in custody.
 func (e *Engine) relayProbe(f *flow) {
+	if f.parted() {
+		f.ackMustI = true
+		return
+	}
 	if e.verify(f) {
 		return
 	}
