@@ -54,6 +54,8 @@ type modelConfig struct {
 	lossy            bool          // packets between model and engine may be lost or doubled
 	minRTO           time.Duration
 	dscp             uint8
+	tlp              bool // tail loss probes (RFC 8985 section 7)
+	mtuProbe         bool // smaller segments after timeouts, now and then a larger one (RFC 4821)
 }
 
 // appConfig is the application above a model.
@@ -110,9 +112,15 @@ type model struct {
 	rttvar     time.Duration
 	backoff    uint
 	rtoAt      time.Duration
+	ptoAt      time.Duration // of the tail loss probe
+	probed     bool          // the tail was
+	fullMSS    int           // as long as mtuProbe has made mss smaller
+	growAt     time.Duration // when a segment of fullMSS is tried
+	grownTo    uint64        // its end
 	persistAt  time.Duration
 	kaAt       time.Duration
 	unanswered int
+	askedAt    time.Duration // the first of them
 	cwrDue     bool
 	eceSeen    int
 
@@ -325,6 +333,9 @@ func (m *model) send() {
 				n = min(n, r.s-m.nxt)
 			}
 		}
+		if m.grow() {
+			continue
+		}
 		n = min(n, uint64(m.cfg.gso))
 		if inflight > 0 {
 			if inflight >= m.cwnd || m.cwnd-inflight < min(n, mss) {
@@ -353,10 +364,16 @@ func (m *model) send() {
 		m.nxt = m.segment(m.nxt, int(n))
 	}
 	m.nxt = max(m.nxt, m.una)
+	m.ptoAt = 0
 	if m.max > m.una {
 		m.persistAt = 0
 		if m.rtoAt == 0 {
 			m.rtoAt = m.now + m.rto()
+		}
+		if m.cfg.tlp && m.cfg.sack && !m.probed && !m.inRec && m.backoff == 0 && m.srtt > 0 {
+			if at := m.now + max(2*m.srtt, 10*time.Millisecond); at < m.rtoAt {
+				m.ptoAt = at
+			}
 		}
 	} else {
 		m.rtoAt = 0
@@ -368,6 +385,56 @@ func (m *model) send() {
 			m.persistAt = 0
 		}
 	}
+}
+
+// grow sends one segment of the size that had to be given up, when it is time
+// to try that again. It reports whether it did.
+func (m *model) grow() bool {
+	n := uint64(m.fullMSS)
+	if m.growAt == 0 || m.now < m.growAt || m.nxt < m.max || m.nxt != m.una || m.written-min(m.nxt, m.written) < n || m.edge < m.nxt+n {
+		return false
+	}
+	small := m.cfg.mss
+	m.cfg.mss = m.fullMSS
+	m.nxt = m.segment(m.nxt, int(n))
+	m.cfg.mss = small
+	m.growAt, m.grownTo = 0, m.nxt
+	return true
+}
+
+// shrink makes segments smaller: larger ones may not fit the path.
+func (m *model) shrink() {
+	const least = 200
+	if m.grownTo != 0 {
+		m.grownTo, m.growAt = 0, m.now+20*time.Second
+		return
+	}
+	if m.backoff >= 2 && m.cfg.mss > least {
+		m.fullMSS = max(m.fullMSS, m.cfg.mss)
+		m.cfg.mss = max(least, m.cfg.mss/2)
+		m.growAt = m.now + 5*time.Second
+	}
+}
+
+// probeTail sends the last bytes again, or the next, when their
+// acknowledgement is late.
+func (m *model) probeTail() {
+	m.ptoAt, m.probed = 0, true
+	if m.max <= m.una {
+		return
+	}
+	mss := uint64(m.cfg.mss)
+	if m.nxt == m.max && m.nxt < m.written && m.edge >= m.nxt+mss {
+		m.nxt = m.segment(m.nxt, int(min(mss, m.written-m.nxt)))
+	} else {
+		o := max(m.una, m.max-min(m.max, mss))
+		n := m.max - o
+		if o >= m.written {
+			n = 0
+		}
+		m.segment(o, int(n))
+	}
+	m.rtoAt = m.now + m.rto()
 }
 
 // recutLen chooses how many of n outstanding bytes are sent again together.
@@ -401,7 +468,7 @@ func (m *model) deadline() time.Duration {
 	if m.reset {
 		return d
 	}
-	for _, t := range [...]time.Duration{m.rtoAt, m.persistAt, m.kaAt, m.delackAt, m.nextWrite, m.nextRead} {
+	for _, t := range [...]time.Duration{m.rtoAt, m.ptoAt, m.persistAt, m.kaAt, m.delackAt, m.nextWrite, m.nextRead} {
 		if t != 0 {
 			d = min(d, t)
 		}
@@ -425,6 +492,9 @@ func (m *model) tick(now time.Duration) {
 	if m.delackAt != 0 && now >= m.delackAt {
 		m.delackAt = 0
 		m.sendAck()
+	}
+	if m.ptoAt != 0 && now >= m.ptoAt {
+		m.probeTail()
 	}
 	if m.rtoAt != 0 && now >= m.rtoAt {
 		m.timeout()
@@ -452,14 +522,19 @@ func (m *model) asked(what string) {
 	if m.now < m.quiet {
 		return
 	}
+	if m.unanswered == 0 {
+		m.askedAt = m.now
+	}
 	m.unanswered++
-	if m.unanswered > 12 {
+	// A keep-alive is answered by authentic data, which may wait for a
+	// retransmission.
+	if m.unanswered > 12 && m.now-m.askedAt > 15*time.Second {
 		m.fail("%s: %d probes without an answer, the last a %s", m.name, m.unanswered, what)
 	}
 }
 
 func (m *model) timeout() {
-	m.rtoAt = 0
+	m.rtoAt, m.ptoAt = 0, 0
 	if m.max <= m.una {
 		return
 	}
@@ -470,6 +545,9 @@ func (m *model) timeout() {
 		m.sacked = m.sacked[:0]
 	}
 	m.backoff++
+	if m.cfg.mtuProbe {
+		m.shrink()
+	}
 	m.asked("retransmission")
 	m.resendHead()
 	// Go back: what follows is sent again as acknowledgements allow.
@@ -706,6 +784,10 @@ func (m *model) inputAck(s *packet.Segment, o, n int64) {
 		m.backoff = 0
 		m.rtoAt = 0
 		m.dups = 0
+		m.probed = false
+		if m.grownTo != 0 && m.una >= m.grownTo {
+			m.cfg.mss, m.fullMSS, m.grownTo = m.fullMSS, 0, 0
+		}
 		switch {
 		case m.inRec && ack >= m.recover:
 			m.inRec = false

@@ -77,8 +77,10 @@ type simFlow struct {
 	est  [2]*slowpath.Established
 	wire [2]*wire // by sending node
 	up   [2]bool
-	gone [2]bool
-	name string
+	// Engines count that much more than models do, of what node k sends.
+	warpI [2]uint64
+	gone  [2]bool
+	name  string
 }
 
 type sim struct {
@@ -127,6 +129,32 @@ func (s *sim) putBuf(b []byte) {
 	}
 }
 
+// warpTo makes node k's flow count as if much more had been sent before: from
+// here on offsets lie beyond 2^31 or 2^32. The numbers in segments stay.
+func (f *simFlow) warpTo(fl *flow, k int) {
+	tx, rx := f.cfg.warp[k], f.cfg.warp[1-k]
+	f.warpI[k], f.wire[k].warp = tx.i, tx.o
+	fl.iss -= uint32(tx.o)
+	fl.irs -= uint32(rx.o)
+	for _, o := range []*uint64{&fl.sealO, &fl.sentO, &fl.unaO, &fl.edgeO, &fl.initO} {
+		*o += tx.o
+	}
+	for _, o := range []*uint64{&fl.nxtO, &fl.rxEdge, &fl.ackSentO, &fl.frameO, &fl.wl1} {
+		*o += rx.o
+	}
+	for _, i := range []*uint64{&fl.sealI, &fl.ackI, &fl.ackShownI} {
+		*i += tx.i
+	}
+	for _, i := range []*uint64{&fl.dlvI, &fl.sntI, &fl.sntMaxI, &fl.innerAck, &fl.innerEdge} {
+		*i += rx.i
+	}
+	for j := range fl.recs.len() {
+		r := fl.recs.at(j)
+		r.o += tx.o
+		r.i += tx.i
+	}
+}
+
 // fail records the first violation; the run stops there.
 func (s *sim) fail(format string, args ...any) {
 	if s.err == "" {
@@ -148,7 +176,7 @@ func newSim(sc *scenario, pool *umemPool) *sim {
 	s := &sim{sc: sc, pool: pool, rng: sc.rand(1), now: time.Second, trace: *simTrace, reasons: map[string]int{}}
 	for i := range s.nodes {
 		u := pool.get(sc.chunks[i], sc.chunkSize)
-		n := &simNode{s: s, id: i, u: u, flows: map[packet.Key]*simFlow{}, ended: map[string]int{}}
+		n := &simNode{s: s, id: i, u: u, weather: sc.rand(uint64(10 + i)), flows: map[packet.Key]*simFlow{}, ended: map[string]int{}}
 		n.e = NewEngine(EngineConfig{
 			Umem: u, Virtual: sc.virtual, Memory: sc.memory[i], FlowBudget: sc.flowBudget, RekeyFrames: sc.rekeyFrames,
 			RekeyBytes: sc.rekeyBytes, RekeyEvery: sc.rekeyEvery, TCPKeepalive: sc.tcpKeepalive, Drain: n.drain,
@@ -254,6 +282,9 @@ func (s *sim) install(f *simFlow, k int) {
 	f.up[k] = true
 	s.logf("install %s on node %d, pending %d", f.name, k, len(est.RxPending))
 	n.e.Install(est, s.now)
+	if f.cfg.warp != [2]warp{} {
+		f.warpTo(n.e.tab.find(&est.Key), k)
+	}
 	n.drain()
 	f.m[k].open(s.now, min(65535, uint64(est.PeerWnd)))
 }
@@ -353,6 +384,19 @@ func (s *sim) dump() {
 	}
 }
 
+// clean reports whether every connection ended well on both sides.
+func (s *sim) clean() bool {
+	return len(s.reasons) == 0 || len(s.reasons) == 1 && s.reasons[ReasonClosed] == 2*len(s.flows)
+}
+
+// frames returns how many frames of the node the wire has seen.
+func (n *simNode) frames() (k uint64) {
+	for _, f := range n.s.flows {
+		k += uint64(len(f.wire[n.id].frames))
+	}
+	return k
+}
+
 func (s *sim) ended() bool {
 	for _, f := range s.flows {
 		if !f.gone[0] || !f.gone[1] {
@@ -395,6 +439,8 @@ func (s *sim) finish() {
 			s.fail("node %d: %d chunks leaked", i, n.u.Chunks()-n.u.Available())
 		case e.buf.used != 0 || e.buf.held != 0:
 			s.fail("node %d: %d bytes of slabs and %d chunks held in the end", i, e.buf.used, e.buf.held)
+		case s.clean() && n.frames() != e.st.Sealed:
+			s.fail("node %d: %d frames on the wire, %d were sealed", i, n.frames(), e.st.Sealed)
 		case e.tab.n != 0 || len(e.timers.h) != 0:
 			s.fail("node %d: %d flows and %d timers left", i, e.tab.n, len(e.timers.h))
 		}

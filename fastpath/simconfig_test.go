@@ -12,15 +12,23 @@ import (
 type netConfig struct {
 	delay, jitter          time.Duration
 	loss                   float64
-	burstIn, burstOut      float64 // of entering and leaving a state that loses everything
+	outEvery, outFor       time.Duration // mean pause between outages, and mean length of one
 	dup, reorder, corrupt  float64
+	stale                  float64 // a copy turns up seconds later
 	forge                  float64 // flips a payload bit and mends the checksum
 	split, merge           float64
+	noSACK, noTS           float64 // the option is blanked out
 	ce                     float64
-	mtu                    int // of the path, 0: no limit
+	mtu                    int           // of the path, 0: no limit
+	mtuAt                  time.Duration // when it becomes that
+	blackhole              bool          // nobody tells the sender
 	tapLoss, tapDup        float64
 	tapReadLoss, tapRdDupe float64
 }
+
+// warp is how much an engine takes for sent in a direction when a flow begins:
+// plain and outer bytes, equal modulo 2^32.
+type warp struct{ i, o uint64 }
 
 // flowConfig is one connection.
 type flowConfig struct {
@@ -38,6 +46,7 @@ type flowConfig struct {
 	lateInstall       bool
 	iss               [2]uint32
 	lateTime          time.Duration
+	warp              [2]warp // by sending node
 }
 
 type scenario struct {

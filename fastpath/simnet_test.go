@@ -48,23 +48,26 @@ func (s *sim) travel(from int, b []byte) {
 		s.schedule(from, b, c.delay)
 		return
 	}
-	n := s.nodes[from]
-	if n.burst {
-		n.burst = !s.chance(c.burstOut)
-	} else {
-		n.burst = s.chance(c.burstIn)
-	}
-	if n.burst || s.chance(c.loss) {
+	if s.nodes[from].out(c) || s.chance(c.loss) {
 		s.logf("lost")
 		s.putBuf(b)
 		return
 	}
 	var g packet.Segment
 	packet.Parse(b, packet.FromInner, &g)
-	if c.mtu != 0 && len(b)-g.L3 > c.mtu {
-		s.tooBig(from, &g, c.mtu)
+	if c.mtu != 0 && s.now >= c.mtuAt && len(b)-g.L3 > c.mtu {
+		s.logf("too big")
+		if !c.blackhole {
+			s.tooBig(from, &g, c.mtu)
+		}
 		s.putBuf(b)
 		return
+	}
+	if s.chance(c.noSACK) {
+		s.blank(&g, packet.OptSACK)
+	}
+	if s.chance(c.noTS) {
+		s.blank(&g, packet.OptTimestamp)
 	}
 	if g.TOS&3 == 2 && s.chance(c.ce) {
 		s.markCE(&g)
@@ -88,6 +91,37 @@ func (s *sim) travel(from int, b []byte) {
 		return
 	}
 	s.journey(from, b)
+}
+
+// out reports whether the way from n is out of order now. Outages depend on time
+// alone, so that whoever sends under the same seed meets the same ones.
+func (n *simNode) out(c *netConfig) bool {
+	if c.outEvery == 0 {
+		return false
+	}
+	now := uint64(n.s.now)
+	for n.outage.e <= now {
+		n.outage.s = n.outage.e + uint64(n.weather.ExpFloat64()*float64(c.outEvery))
+		n.outage.e = n.outage.s + 1 + uint64(n.weather.ExpFloat64()*float64(c.outFor))
+	}
+	return n.outage.s <= now
+}
+
+// blank overwrites an option with NOPs, as middleboxes do.
+func (s *sim) blank(g *packet.Segment, kind byte) {
+	if g.Flags&packet.SYN != 0 {
+		return
+	}
+	packet.WalkOptions(g.Options(), func(o []byte) bool {
+		if o[0] == kind {
+			for i := range o {
+				o[i] = packet.OptNOP
+			}
+		}
+		return true
+	})
+	packet.FullChecksum(g.Frame, g.L3, g.L4, g.V6)
+	packet.Parse(g.Frame, packet.FromInner, g)
 }
 
 // slice makes a segment of m payload bytes of g from off on.
@@ -121,6 +155,11 @@ func (s *sim) journey(from int, b []byte) {
 		x := s.getBuf(len(b))
 		copy(x, b)
 		s.schedule(from, x, d+time.Duration(s.rng.Int64N(int64(c.jitter+1))))
+	}
+	if s.chance(c.stale) {
+		x := s.getBuf(len(b))
+		copy(x, b)
+		s.schedule(from, x, time.Second+time.Duration(s.rng.Int64N(int64(20*time.Second))))
 	}
 	s.schedule(from, b, d)
 }

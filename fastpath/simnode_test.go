@@ -2,6 +2,7 @@ package fastpath
 
 import (
 	"encoding/binary"
+	"math/rand/v2"
 	"time"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
@@ -11,19 +12,20 @@ import (
 // simNode is one host: an engine with its packet memory, and the models of its
 // kernel's connections.
 type simNode struct {
-	s      *sim
-	id     int
-	e      *Engine
-	u      *xdp.Umem
-	flows  map[packet.Key]*simFlow
-	outer  [][]byte
-	inner  [][]byte
-	spare  [][]byte
-	pollAt time.Duration // 0: not due
-	vec    []xdp.Desc
-	burst  bool
-	ended  map[string]int
-	asm    []byte
+	s       *sim
+	id      int
+	e       *Engine
+	u       *xdp.Umem
+	flows   map[packet.Key]*simFlow
+	outer   [][]byte
+	inner   [][]byte
+	spare   [][]byte
+	pollAt  time.Duration // 0: not due
+	vec     []xdp.Desc
+	outage  span       // the next one of what this node sends, in nanoseconds
+	weather *rand.Rand // when they come, whatever is sent
+	ended   map[string]int
+	asm     []byte
 }
 
 // fromModel queues a packet of a model for the engine.
@@ -202,7 +204,7 @@ func (n *simNode) toModel(b []byte) {
 	}
 	m := f.m[n.id]
 	if fl := n.e.tab.find(&g.Key); fl != nil {
-		m.consumed = fl.sealI
+		m.consumed = fl.sealI - f.warpI[n.id]
 	}
 	c := &s.sc.net[n.id]
 	quiet := s.now >= s.sc.quiet
@@ -251,4 +253,5 @@ func (n *simNode) icmpToModel(frame []byte) {
 		mss -= 12
 	}
 	t.cfg.mss = max(88, min(t.cfg.mss, mss))
+	t.fullMSS = min(t.fullMSS, max(88, mss))
 }

@@ -38,13 +38,14 @@ func scenarioFrom(rng *rand.Rand, seed uint64) *scenario {
 			n.merge = pick(rng, 0, 0.5)
 			continue
 		}
-		n.jitter = pick(rng, time.Microsecond, time.Millisecond, 10*time.Millisecond, 100*time.Millisecond)
+		n.jitter = pick(rng, time.Microsecond, time.Millisecond, 10*time.Millisecond, 100*time.Millisecond, 100*time.Millisecond, 3*time.Second)
 		p := [...]float64{0, 0.005, 0.03, 0.2}[level]
 		if !one(4) {
 			n.loss = p * rng.Float64()
 		}
 		if one(3) {
-			n.burstIn, n.burstOut = 0.002, 0.05+rng.Float64()/2
+			n.outEvery = pick(rng, 50*time.Millisecond, time.Second, 10*time.Second)
+			n.outFor = n.outEvery / pick[time.Duration](rng, 4, 20, 100)
 		}
 		if one(2) {
 			n.reorder = 2 * p
@@ -68,6 +69,17 @@ func scenarioFrom(rng *rand.Rand, seed uint64) *scenario {
 		}
 		if one(6) {
 			n.mtu = 600 + rng.IntN(900)
+			n.mtuAt = pick(rng, 0, time.Second+time.Duration(rng.Int64N(int64(2*time.Second))))
+			n.blackhole = one(3)
+		}
+		if one(4) {
+			n.stale = pick(rng, 0.001, 0.01)
+		}
+		if one(8) {
+			n.noSACK = pick(rng, 0.1, 1)
+		}
+		if one(8) {
+			n.noTS = pick(rng, 0.1, 1)
 		}
 		if one(3) {
 			n.ce = pick(rng, 0.01, 0.1)
@@ -103,6 +115,15 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 	if sc.net[0].mtu != 0 || sc.net[1].mtu != 0 {
 		c.v6 = false // below 1280 an IPv6 path cannot be told to its sender
 	}
+	if !c.lateInstall && one(3) {
+		for k := range c.warp {
+			r := pick[uint64](rng, 0, 1<<31, 1<<32) - rng.Uint64N(300000)
+			c.warp[k] = warp{
+				i: uint64(uint32(r)) + pick[uint64](rng, 0, 0, 1, 1<<12)<<32,
+				o: uint64(uint32(r)) + pick[uint64](rng, 0, 1, 1<<12, 1<<29)<<32,
+			}
+		}
+	}
 	size := pick(rng, 0, 1, 100, 5000, 60000, 300000, 600000, 2000000)
 	for k := range c.model {
 		m := &c.model[k]
@@ -115,6 +136,7 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 		m.recut = recutKind(rng.IntN(int(numRecuts)))
 		m.delack = pick[time.Duration](rng, 0, 40*time.Millisecond, 40*time.Millisecond)
 		m.minRTO = 200 * time.Millisecond
+		m.tlp, m.mtuProbe = !one(3), !one(3)
 		if one(4) {
 			m.keepalive = pick(rng, 300*time.Millisecond, 5*time.Second)
 		}
