@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,6 +55,8 @@ type Host struct {
 	queues   []QueueStatus
 	mode     xdp.Mode
 	ended    int
+
+	restoreQueues func() error // nil: nothing to put back
 
 	worker *worker
 	slow   *slowSide       // the worker's
@@ -149,8 +152,8 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	return h, nil
 }
 
-// pickQueues decides which NIC queues to bind. Leaving one out would send its
-// flows past the daemon, so all must be named.
+// pickQueues decides which NIC queues to bind. To leave one out would send its
+// flows past the daemon, so the NIC must not use it either.
 func (h *Host) pickQueues() ([]int, error) {
 	n := h.caps.RXQueues
 	if n > maxQueues {
@@ -163,17 +166,33 @@ func (h *Host) pickQueues() ([]int, error) {
 		}
 		return qs, nil
 	}
-	seen := make(map[int]bool)
+	var qs []int
 	for _, q := range h.cfg.Queues {
 		if q < 0 || q >= n {
 			return nil, fmt.Errorf("queue %d: %s has queues 0-%d", q, h.cfg.Interface, n-1)
 		}
-		seen[q] = true
+		if !slices.Contains(qs, q) {
+			qs = append(qs, q)
+		}
 	}
-	if len(seen) != n {
-		return nil, fmt.Errorf("%s has %d receive queues, all of them must be bound, only %d are named: flows of the others could not be decrypted", h.cfg.Interface, n, len(seen))
+	if len(qs) < n {
+		if err := h.concentrate(qs, n); err != nil {
+			return nil, err
+		}
 	}
-	return h.cfg.Queues, nil
+	return qs, nil
+}
+
+// concentrate makes the NIC leave the queues alone that are not to be bound.
+func (h *Host) concentrate(queues []int, have int) error {
+	how, restore, err := xdp.Concentrate(h.cfg.Interface, queues)
+	if err != nil {
+		return fmt.Errorf("%s has %d receive queues, only %d are named, and flows of the others could not be decrypted: %w", h.cfg.Interface, have, len(queues), err)
+	}
+	h.restoreQueues = restore
+	h.log.Info("packets are kept away from the other queues", "interface", h.cfg.Interface, "by", how)
+	h.caps, err = xdp.Probe(h.cfg.Interface)
+	return err
 }
 
 // openPorts binds the NIC queues and makes the TAP, then attaches the diverter,
@@ -453,6 +472,9 @@ func (h *Host) detach() error {
 	}
 	for _, s := range h.socks {
 		errs = append(errs, s.Close())
+	}
+	if h.restoreQueues != nil {
+		errs = append(errs, h.restoreQueues())
 	}
 	if h.tap != nil {
 		errs = append(errs, h.tap.Close())

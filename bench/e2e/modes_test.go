@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/safchain/ethtool"
+
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 )
@@ -49,6 +51,64 @@ func TestModes(t *testing.T) {
 			t.Errorf("still attached: %v %v", d, g)
 		}
 	})
+}
+
+// Queues that are not to be served are taken from the interface while the
+// daemon runs, or the daemon does not start: no packet of an encrypted
+// connection ever comes where nobody receives it.
+func TestSomeQueues(t *testing.T) {
+	b := newBed(t, lab.Options{A: lab.EndOptions{Queues: 2}}, lab.ForwarderOptions{})
+	channels := func(i *lab.Iface, change func(*ethtool.Channels)) (c ethtool.Channels) {
+		t.Helper()
+		err := i.NS.Do(func() error {
+			tool, err := ethtool.NewEthtool()
+			if err != nil {
+				return err
+			}
+			defer tool.Close()
+			if c, err = tool.GetChannels(i.Name); err == nil && change != nil {
+				change(&c)
+				_, err = tool.SetChannels(i.Name, c)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	// A veth wants a receive queue for every transmit queue of its peer.
+	channels(b.path.MidA, func(c *ethtool.Channels) { c.TxCount = 1 })
+
+	a, z := b.daemon(b.path.A, "--queues", "0"), b.daemon(b.path.B)
+	if st, err := a.Status(b.ctx); err != nil || st.Mode != "copy" || len(st.Queues) != 1 || st.Queues[0].Queue != 0 {
+		t.Errorf("status %+v: %v", st, err)
+	}
+	if n := channels(b.path.A, nil).RxCount; n != 1 {
+		t.Errorf("%d receive queues while one is served", n)
+	}
+	if !strings.Contains(a.Logs(), "1 receive queues instead of 2") {
+		t.Errorf("not told:\n%s", a.Logs())
+	}
+	if err := b.exchange(false, stream(1, 2<<20), stream(2, 2<<20), func() { b.flow(a); b.flow(z) }); err != nil {
+		t.Error(err)
+	}
+	b.noFlows(a)
+	if err := a.Stop(); err != nil {
+		t.Error(err)
+	}
+	if n := channels(b.path.A, nil).RxCount; n != 2 {
+		t.Errorf("%d receive queues after the end, there were 2", n)
+	}
+
+	out, err := b.path.A.NS.Command(b.ctx, program, "run", "--interface", b.path.A.Name, "--queues", "1", "--control", b.path.A.NS.Lab().Dir()+"/q.sock").CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 2 || strings.Count(strings.TrimSpace(string(out)), "\n") != 0 || !strings.Contains(string(out), "only 1 are named") {
+		t.Errorf("the second queue alone, on a veth: %v\n%s", err, out)
+	}
+	if n := channels(b.path.A, nil).RxCount; n != 2 {
+		t.Errorf("%d receive queues after a refused start", n)
+	}
 }
 
 // A second daemon on the same interface is refused and does not disturb the first.

@@ -101,13 +101,15 @@ var (
 		"1 when plaintext cannot bypass the daemon of an encrypted flow.", nil, nil)
 	descQueue = prometheus.NewDesc("tcpcrypt_queue_mode",
 		"Always 1: the mode that a NIC queue got.", []string{"queue", "worker", "mode"}, nil)
+	descRefused = prometheus.NewDesc("tcpcrypt_queue_mode_refused",
+		"Always 1: why a NIC queue did not get a better mode.", []string{"queue", "reason"}, nil)
 	descBuild = prometheus.NewDesc("tcpcrypt_build_info",
 		"Always 1: the version of the daemon.", []string{"version", "goversion"}, nil)
 )
 
 func (hostCollector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{descEvents, descOutcomes, descFlows, descHalfOpen,
-		descUptime, descDraining, descGuard, descQueue, descBuild} {
+		descUptime, descDraining, descGuard, descQueue, descRefused, descBuild} {
 		descs <- d
 	}
 }
@@ -134,6 +136,9 @@ func (c hostCollector) Collect(metrics chan<- prometheus.Metric) {
 	gauge(descGuard, oneIf(st.Guard == "active"))
 	for _, q := range st.Queues {
 		gauge(descQueue, 1, strconv.Itoa(q.Queue), strconv.Itoa(q.Worker), q.Mode)
+		if q.Refused != "" {
+			gauge(descRefused, 1, strconv.Itoa(q.Queue), q.Refused)
+		}
 	}
 	v := buildVersion()
 	gauge(descBuild, 1, v.Version, v.Go)

@@ -42,6 +42,7 @@ func TestMetrics(t *testing.T) {
 		`tcpcrypt_draining 0`,
 		`tcpcrypt_guard_active 1`,
 		`tcpcrypt_queue_mode{mode="copy",queue="0",worker="0"} 1`,
+		`tcpcrypt_queue_mode_refused{queue="0",reason="zerocopy: not supported"} 1`,
 		`tcpcrypt_build_info{`,
 		`go_goroutines `,
 	} {
