@@ -45,6 +45,7 @@ type Cache struct {
 type chain struct {
 	peer    [16]byte
 	port    uint16 // of the peer when it was the passive opener, else 0
+	opened  bool   // the peer opened a connection of this chain, whatever port it has
 	tep     crypto.TEP
 	aead    crypto.AEAD
 	role    crypto.Role // that this host had in the exchange
@@ -68,6 +69,7 @@ type unused struct {
 	secret *crypto.Secret
 	theirs [crypto.ResumeLen]byte // half of the identifier that the peer sends
 	kept   bool                   // this host was about to propose it, but did not
+	named  bool                   // the peer proposed it
 }
 
 // ours returns the half of the identifier that this host sends.
@@ -214,9 +216,9 @@ func (c *Cache) take(u *unused) {
 
 // propose takes the lowest unused secret to resume with the peer of k, for good;
 // nil when there is none. The exchange was with that very endpoint, or the peer
-// opened it: behind other ports of the address may be other hosts, and those
-// could want a key agreement that has no room beside the proposal. Newer
-// exchanges come first.
+// has opened a connection of the chain itself: behind other ports of the address
+// may be other hosts, and those could want a key agreement that has no room
+// beside the proposal. Newer exchanges come first.
 func (c *Cache) propose(k *packet.Key, usable func(crypto.TEP, crypto.AEAD) bool, now time.Duration) *unused {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -230,7 +232,7 @@ func (c *Cache) propose(k *packet.Key, usable func(crypto.TEP, crypto.AEAD) bool
 			best = h
 			break
 		}
-		if best == nil && h.port == 0 {
+		if best == nil && (h.port == 0 || h.opened) {
 			best = h
 		}
 	}
@@ -264,6 +266,7 @@ func (c *Cache) reserve(half []byte, tep crypto.TEP, usable func(crypto.TEP, cry
 	}
 	c.take(u)
 	c.extend(u.c)
+	u.named = true
 	return u
 }
 
@@ -284,6 +287,7 @@ func (c *Cache) restore(u *unused) {
 	}
 	at, _ := slices.BinarySearchFunc(h.secrets, u.i, func(x *unused, i uint32) int { return int(int64(x.i) - int64(i)) })
 	h.secrets = slices.Insert(h.secrets, at, u)
+	u.named = false
 	c.halves[u.theirs] = u
 	c.extend(h)
 }
@@ -297,6 +301,7 @@ func (c *Cache) served(u *unused, keep bool) {
 		c.remove(u.c)
 		return
 	}
+	u.c.opened = u.c.opened || u.named
 	if h := u.c; h.age != nil && !h.proven {
 		c.untried.Remove(h.elem)
 		h.proven, h.elem = true, c.proven.PushBack(h)

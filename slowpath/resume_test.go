@@ -460,6 +460,23 @@ func TestCache(t *testing.T) {
 			}
 		}
 	})
+	t.Run("a chain whose peer opened a connection later", func(t *testing.T) {
+		c := NewCache(0, 0)
+		add(c, 1, 80, 0)
+		k, other := key(1, 80), key(1, 8080)
+		c.restore(c.reserve(halfOf(c, &k), crypto.TEPX25519, all, 1))
+		if c.propose(&other, all, 1) != nil {
+			t.Error("proposed to another port after a connection that came to nothing")
+		}
+		c.served(c.propose(&k, all, 1), true)
+		if c.propose(&other, all, 1) != nil {
+			t.Error("proposed to another port after a connection of ours")
+		}
+		c.served(c.reserve(c.peers[k.Remote][0].next().theirs[:], crypto.TEPX25519, all, 1), true)
+		if c.propose(&other, all, 1) == nil {
+			t.Error("not proposed to another port of a peer that opens connections")
+		}
+	})
 	t.Run("the peer may skip secrets", func(t *testing.T) {
 		c, p := NewCache(0, 0), NewCache(0, 0)
 		k := key(1, 80)

@@ -97,7 +97,7 @@ func TestInterop(t *testing.T) {
 			}
 			t.Run(s.name, func(t *testing.T) {
 				if s.plain {
-					r.plain(t, mode, s.bytes, s.flags...)
+					r.plain(t, mode, s.bytes, s.flags, "")
 				} else {
 					r.encrypted(t, mode, s.bytes, s.flags...)
 				}
