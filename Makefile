@@ -3,8 +3,9 @@ VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unk
 FUZZTIME ?= 10s
 SEGMENTS ?= 1e8
 FIRST    ?= 1
+DURATION ?= 10m
 
-.PHONY: all build demo test test-unit test-interop sim bench generate lint fuzz clean root
+.PHONY: all build demo test test-unit test-interop sim soak bench generate lint fuzz clean root
 
 all: build
 
@@ -31,6 +32,11 @@ test-interop: root
 # The simulator for long: SEGMENTS on the wire, over seeds from FIRST on.
 sim:
 	$(GO) test -count=1 -timeout 0 -run '^TestSim$$' -v ./fastpath -sim.segments=$(SEGMENTS) -sim.first=$(FIRST) -sim.progress=1m
+
+# Two hosts whose connections, wire and daemons are disturbed at random, for
+# DURATION: every stream is exact or reset with a reason, nothing leaks or grows.
+soak: root build
+	$(GO) run ./bench/soak -duration $(DURATION)
 
 # Cryptography, the engine, and whole hosts against plain TCP, in one run; the
 # charts are in bin/bench/report.html.

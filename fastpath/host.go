@@ -33,9 +33,10 @@ const (
 	chunksBase  = 16384
 
 	// How often the heartbeat is given, and how long after the last one the
-	// daemon counts as hung.
+	// daemon counts as hung: so that the first retransmission of a SYN, a second
+	// after it, does not wait for the daemon any more.
 	beatEvery = 100 * time.Millisecond
-	beatStale = time.Second
+	beatStale = 800 * time.Millisecond
 )
 
 // Host is host mode (design section 3): one NIC, one TAP to the local kernel,
@@ -592,6 +593,7 @@ func (h *Host) Stats() Stats {
 			c["slowpath_"+k] = v
 		}
 		c["slow_path_shed"] = w.slow.shed
+		c["stale_syns"] = w.slow.stale
 		for k, v := range w.slow.reasons {
 			out.Reasons[k] = v
 		}
@@ -655,4 +657,5 @@ func (s *workerStats) add(c map[string]uint64) {
 	c["tx_ring_full"] += s.txFull
 	c["tap_errors"] += s.tapErrors
 	c["multi_buffer_packets"] += s.multiBuffer
+	c["worker_stalls"] += s.stalls
 }

@@ -23,6 +23,7 @@ type slowSide struct {
 
 	waiting []Event // in order
 	shed    uint64  // frames dropped because too many were waiting
+	stale   uint64  // SYNs dropped because they may have become plain connections
 
 	recent  []recentFlow // oldest first
 	reasons map[string]uint64
@@ -50,10 +51,30 @@ func newSlowSide(h *Host) *slowSide {
 	}
 }
 
+// stalled tells that the worker did not run for the given time.
+func (s *slowSide) stalled(gap time.Duration) {
+	s.m.Stalled()
+	if gap >= beatStale {
+		s.h.log.Warn("the daemon was stopped or starved; new connections were not encrypted meanwhile", "for", gap.Round(time.Millisecond).String())
+	}
+}
+
+// outOfDate reports whether a frame is a SYN of a flow that is not known, which
+// came before the worker stalled. Since then a copy of it may have made a plain
+// connection, which must not be taken for a new one.
+func (s *slowSide) outOfDate(ev *Event) bool {
+	var seg packet.Segment
+	return packet.Parse(ev.Frame, ev.Dir, &seg) == nil && seg.Flags&(packet.SYN|packet.ACK) == packet.SYN && !s.m.Opens(seg.Key)
+}
+
 // take queues the engine's events. Frames beyond the bound are shed, which
 // costs new connections only.
 func (s *slowSide) take(evs []Event) {
 	for _, ev := range evs {
+		if s.w.stalled && ev.Kind == SlowFrame && s.outOfDate(&ev) {
+			s.stale++
+			continue
+		}
 		if ev.Kind == SlowFrame && len(s.waiting) >= maxWaiting {
 			s.shed++
 			continue

@@ -20,6 +20,13 @@ const (
 	// wake an idle CPU costs tens of microseconds, which a connection that is
 	// being opened, or a request and its answer, would pay at every step.
 	spinFor = 200 * time.Microsecond
+
+	// restMost is the longest sleep of a worker. One that has not looked at its
+	// ports for stallAfter did not run, and the BPF programs may have taken the
+	// daemon for hung: what waits is as old as that, see slowSide.take.
+	// It holds that restMost < stallAfter < beatStale - beatEvery.
+	restMost   = 250 * time.Millisecond
+	stallAfter = 450 * time.Millisecond
 )
 
 // worker owns one engine, its UMEM and its ports, and the slow path of their
@@ -50,11 +57,15 @@ type worker struct {
 	multi   []byte // a packet of several buffers, as far as it was received
 	pfds    []unix.PollFd
 
+	looked  time.Duration // when the ports were looked at
+	stalled bool          // what waits at the ports may be out of date
+	more    bool          // a port had as much as is taken in a round
+
 	st workerStats
 }
 
 type workerStats struct {
-	rounds, sleeps, txFull, tapErrors, multiBuffer uint64
+	rounds, sleeps, txFull, tapErrors, multiBuffer, stalls uint64
 }
 
 func newWorker(id, cpu int, eng *Engine, u *xdp.Umem, socks []*xdp.Socket, tap *xdp.TAPQueue, slow *slowSide, start time.Time) (*worker, error) {
@@ -143,15 +154,18 @@ func (w *worker) run() {
 		}
 	}
 	var idleSince time.Duration
+	w.looked = w.now()
 	w.reclaim()
 	for !w.stop.Load() {
 		w.st.rounds++
+		w.notice()
 		w.pulse.Add(1)
 		n := w.outerVector()
 		n += w.innerVector()
 		n += w.requests()
 		w.timers()
 		busy := w.slow.round(w.now())
+		w.stalled = w.stalled && w.more
 		w.transmit()
 		if w.err != nil {
 			return
@@ -176,6 +190,20 @@ func (w *worker) run() {
 	}
 }
 
+// notice finds out whether the worker's thread did not run for a while: the
+// process was stopped, or the machine starved it.
+func (w *worker) notice() {
+	now := w.now()
+	gap := now - w.looked
+	w.looked, w.more = now, false
+	if gap < stallAfter {
+		return
+	}
+	w.st.stalls++
+	w.stalled = true
+	w.slow.stalled(gap)
+}
+
 // yield gives the CPU to whoever else wants it: a worker that shares its CPU
 // may be waiting for that very thread.
 func (w *worker) yield() {
@@ -192,6 +220,7 @@ func (w *worker) outerVector() int {
 			continue
 		}
 		total += n
+		w.more = w.more || n == len(w.descs)
 		v := w.descs[:n]
 		for i := range v {
 			if v[i].Options&xdp.OptionContinued != 0 || len(w.multi) > 0 {
@@ -244,6 +273,7 @@ func (w *worker) innerVector() int {
 	if n > 0 {
 		w.eng.Flush(w.now())
 	}
+	w.more = w.more || n == tapReads
 	return n
 }
 
@@ -314,7 +344,7 @@ func (w *worker) reclaim() {
 }
 
 func (w *worker) rest() {
-	timeout := 500 * time.Millisecond
+	timeout := restMost
 	if at, ok := w.eng.Deadline(); ok {
 		timeout = min(timeout, at-w.now())
 	}

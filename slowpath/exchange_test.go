@@ -358,6 +358,22 @@ func TestActiveTimeout(t *testing.T) {
 	s.wantReport(StateOffered, "")
 }
 
+// The peer is not blamed for an exchange that this host slept through.
+func TestActiveTimeoutStalled(t *testing.T) {
+	s := newScript(t, Config{})
+	s.connect()
+	s.outer(synack(AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519})))
+	if k := s.m.seg.Key; !s.m.Opens(k) {
+		t.Errorf("%v is not half-open", k)
+	}
+	s.m.Stalled()
+	s.tick(DefaultDeadline)
+	s.wantReport(StateFailed, ReasonTimeout)
+	s.tick(2 * DefaultTombstoneFor)
+	s.inner(tcp{seq: 77777, flags: packet.SYN, wnd: 64240, opts: linuxSYN(1460, 12, 0)})
+	s.wantReport(StateOffered, "")
+}
+
 func TestPassiveTimeout(t *testing.T) {
 	s := newScript(t, Config{})
 	s.passive(crypto.TEPX25519)

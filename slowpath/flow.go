@@ -50,6 +50,8 @@ type flow struct {
 	strayAck      uint32 // passive: acknowledgement of an older connection's socket
 	hasStray      bool
 
+	excused bool // this host did not run meanwhile
+
 	sent      int           // transmissions of SYN or SYN-ACK
 	firstSent time.Duration // of them
 	rtt       time.Duration // 0 when not measured

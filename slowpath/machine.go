@@ -193,6 +193,17 @@ func (m *Machine) Deadline() (at time.Duration, ok bool) {
 	return at, ok
 }
 
+// Opens reports whether the flow k is half-open.
+func (m *Machine) Opens(k packet.Key) bool { return m.flows[k] != nil }
+
+// Stalled tells that the Machine was given nothing for a while although peers
+// may have answered: an exchange that times out by it is not held against them.
+func (m *Machine) Stalled() {
+	for _, f := range m.flows {
+		f.excused = true
+	}
+}
+
 // Len returns the number of half-open flows.
 func (m *Machine) Len() int { return len(m.flows) }
 
@@ -491,7 +502,7 @@ func (m *Machine) remember(f *flow) {
 func (m *Machine) expire(f *flow) {
 	switch f.phase {
 	case phaseExchange:
-		if f.active {
+		if f.active && !f.excused {
 			m.remember(f)
 		}
 		m.abort(f, ReasonTimeout)

@@ -285,7 +285,9 @@ int nic_egress(struct __sk_buff *skb)
 	switch (parse_skb(skb, &p, true)) {
 	case KIND_TCP:
 		if (bpf_map_lookup_elem(&flows, &p.key)) {
-			if (stale())
+			/* SYNs wait for the process: a socket that is told of
+			 * drops gives up after five seconds. */
+			if (!is_syn(p.flags) && stale())
 				return shot(EGRESS_COUNT_FLOW_STALE);
 			return to_tap(EGRESS_COUNT_FLOW);
 		}

@@ -1,0 +1,263 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+)
+
+// resent returns how many SYNs of a host were retransmitted.
+func (b *bed) resent(host *lab.Namespace) int64 {
+	b.t.Helper()
+	n, err := host.TCPCounters()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return n["TcpExt.TCPSynRetrans"]
+}
+
+// halt stops a daemon, and returns when none of its threads runs any more.
+func (b *bed) halt(d *daemon.Daemon) {
+	b.t.Helper()
+	if err := d.Process.Signal(unix.SIGSTOP); err != nil {
+		b.t.Fatal(err)
+	}
+	b.eventually("the daemon is stopped", func() (string, bool) {
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", d.Process.Pid))
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		for _, name := range stats {
+			text, err := os.ReadFile(name)
+			if err != nil {
+				continue // a thread that ended
+			}
+			// The state follows the command in parentheses.
+			if _, state, _ := strings.Cut(string(text), ") "); !strings.HasPrefix(state, "T") {
+				return string(text), false
+			}
+		}
+		return "", len(stats) > 0
+	})
+}
+
+func (b *bed) resume(d *daemon.Daemon) {
+	b.t.Helper()
+	if err := d.Process.Signal(unix.SIGCONT); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// dialHung stops a daemon and connects from A to a listener on B. The first SYN
+// gets lost in the daemon, the first retransmission must not.
+func (b *bed) dialHung(d *daemon.Daemon, ln net.Listener) (net.Conn, error) {
+	b.t.Helper()
+	for {
+		before := b.resent(b.path.A.NS)
+		b.halt(d)
+		c, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
+		switch n := b.resent(b.path.A.NS) - before; {
+		case n == 0 && b.ctx.Err() == nil:
+			// This test was slower than the programs.
+			if err == nil {
+				c.Close()
+			}
+			b.resume(d)
+			b.encryptsAgain(d, false)
+			continue
+		case n != 1:
+			b.t.Errorf("decided after %d retransmissions of the SYN, want 1", n)
+		}
+		return c, err
+	}
+}
+
+// encryptsAgain waits until new connections are encrypted.
+func (b *bed) encryptsAgain(d *daemon.Daemon, v6 bool) {
+	b.t.Helper()
+	b.eventually("new connections are encrypted", func() (string, bool) {
+		var ferr error
+		err := b.exchange(v6, make([]byte, 10000), make([]byte, 10000), func() { _, ferr = d.Flow(b.ctx) })
+		if err = errors.Join(err, ferr); err != nil {
+			return err.Error(), false
+		}
+		return "", true
+	})
+}
+
+// A daemon that hangs is noticed before the first retransmission of a SYN, one
+// second after it: that one makes a plain connection, in both directions. The
+// first SYN waits where the daemon finds it when it goes on, and must not be
+// taken for a new connection: the plain one lives on as such.
+func TestHungConnect(t *testing.T) {
+	for _, v6 := range []bool{false, true} {
+		side := map[bool]string{false: "outwards over IPv4", true: "inwards over IPv6"}[v6]
+		t.Run(side, func(t *testing.T) {
+			b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+			a, z := b.both()
+			opener, hung := b, a
+			if v6 {
+				opener = b.turned()
+			}
+			ln := opener.echoAt(v6)
+			c, err := opener.dialHung(hung, ln)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			opener.echoed(c, stream(1, 20000))
+			b.resume(hung)
+			b.eventually("the daemon finds the SYN", func() (string, bool) {
+				return "", b.stats(hung).Counters["stale_syns"] > 0
+			})
+			opener.echoed(c, stream(2, 200000))
+			for _, d := range []*daemon.Daemon{a, z} {
+				fs, err := d.Flows(b.ctx)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, f := range fs {
+					if f.State != slowpath.StatePlain {
+						t.Errorf("the plain connection is listed: %+v", f)
+					}
+				}
+			}
+			// The peer was not at fault.
+			b.encryptsAgain(a, v6)
+			opener.echoed(c, stream(5, 1000))
+		})
+	}
+}
+
+// Where encryption is required the retransmission is refused instead.
+func TestHungRequire(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a := b.daemon(b.path.A, "--require")
+	b.daemon(b.path.B)
+	for _, opener := range []*bed{b, b.turned()} {
+		ln := opener.echoAt(false)
+		c, err := opener.dialHung(a, ln)
+		if err == nil {
+			c.Close()
+		}
+		if !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("connect while the daemon hangs: %v, want a refusal", err)
+		}
+		b.resume(a)
+		b.encryptsAgain(a, false)
+	}
+	if n, _ := b.wire.seen(); n != 0 {
+		t.Errorf("%d segments with plaintext on the wire", n)
+	}
+}
+
+// A connection that is being opened when the daemon begins to hang waits for it,
+// as one to a host that does not answer would.
+func TestHungOpening(t *testing.T) {
+	var silent atomic.Bool
+	silent.Store(true)
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{Hook: func(d lab.Dir, f []byte) lab.Verdict {
+		var s packet.Segment
+		if silent.Load() && d == lab.BtoA && packet.Parse(f, packet.FromOuter, &s) == nil && s.Flags&packet.SYN != 0 {
+			return lab.Drop
+		}
+		return lab.Pass
+	}})
+	a, _ := b.both()
+	ln := b.echo()
+	type dialled struct {
+		c   net.Conn
+		err error
+	}
+	done := make(chan dialled, 1)
+	go func() {
+		c, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
+		done <- dialled{c, err}
+	}()
+	b.eventually("the offer is made", func() (string, bool) {
+		st, err := a.Status(b.ctx)
+		return "", err == nil && st.HalfOpen == 1
+	})
+	b.halt(a)
+	silent.Store(false)
+	before := b.resent(b.path.A.NS)
+	b.eventually("the SYN is sent again", func() (string, bool) { return "", b.resent(b.path.A.NS) >= before+2 })
+	n, err := b.path.A.NS.TCPCounters()
+	if err != nil || n["TcpExt.TCPRetransFail"] != 0 {
+		t.Errorf("the kernel was told of %d drops, after ten of which it gives up: %v", n["TcpExt.TCPRetransFail"], err)
+	}
+	b.resume(a)
+	r := <-done
+	if r.err != nil {
+		t.Fatal(r.err)
+	}
+	b.guarded(r.c)
+	b.echoed(r.c, make([]byte, 20000))
+}
+
+// While the daemon hangs nothing of an encrypted connection gets past it, in
+// either direction: what the peer sends is dropped before the stack, what the
+// stack sends before the wire. When the daemon goes on, so does the connection,
+// without a byte lost.
+func TestHungTransfer(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, _ := b.both()
+	client, server := b.connected()
+	if err := swap(client, server, stream(1, 100000), stream(2, 100000)); err != nil {
+		t.Fatal(err)
+	}
+	b.halt(a)
+	done := make(chan error, 1)
+	go func() { done <- swap(client, server, stream(3, 1<<20), stream(4, 1<<20)) }()
+	counters := func() map[string]uint64 { return b.stats(a).Counters }
+	// A connection that becomes plain shows that the programs have noticed.
+	c, err := b.path.A.NS.Dial(b.ctx, "tcp", b.echo().Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, ns := range []*lab.Namespace{b.path.A.NS, b.path.B.NS} {
+		before := b.resends(ns)
+		b.eventually("the hosts send again", func() (string, bool) { return "", b.resends(ns) > before })
+	}
+	select {
+	case err := <-done:
+		t.Fatalf("data passed a hung daemon: %v", err)
+	default:
+	}
+	b.resume(a)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	n := counters()
+	for _, name := range []string{"bpf_xdp_flow_dropped_stale", "bpf_egress_flow_dropped_stale"} {
+		if n[name] == 0 {
+			t.Errorf("counter %s is 0", name)
+		}
+	}
+	if n, _ := b.wire.seen(); n != 0 {
+		t.Errorf("%d segments with plaintext on the wire", n)
+	}
+}
+
+// resends returns how many segments a host has retransmitted.
+func (b *bed) resends(ns *lab.Namespace) int64 {
+	b.t.Helper()
+	n, err := ns.TCPCounters()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return n["Tcp.RetransSegs"]
+}
