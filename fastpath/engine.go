@@ -335,6 +335,7 @@ func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
 		copy(mem, est.TxInit)
 		*f.recs.push() = rec{oLen: uint32(n), ref: r, off: off, psh: true}
 		f.txBytes += n
+		f.ctlBytes += n
 		if f.unaO >= f.sealO {
 			e.ackedBy(f, f.unaO)
 		} else {
@@ -586,7 +587,7 @@ func (e *Engine) end(f *flow, state uint8, reason string) {
 	e.buf.leave(&f.txSlab)
 	e.buf.leave(&f.rxSlab)
 	f.ooo, f.runs, f.asm, f.asmHave, f.backlog, f.release = nil, nil, nil, 0, nil, nil
-	f.hdrN, f.txBytes, f.cursor = 0, 0, 0
+	f.hdrN, f.txBytes, f.ctlBytes, f.cursor = 0, 0, 0, 0
 	f.sess.Erase()
 	f.sess, f.txKey = nil, nil
 	f.timers = [numTimers]time.Duration{}

@@ -42,6 +42,7 @@ type flow struct {
 	recs         ring[rec]
 	txSlab       uint32
 	txBytes      int // retained bytes
+	ctlBytes     int // those of them that carry no inner byte
 	meanData     int // data bytes of a recent mean frame
 	outMSS       int // most option and payload bytes of an outer segment
 	finSealed    bool

@@ -91,6 +91,43 @@ func TestRekeyWithoutMemory(t *testing.T) {
 	}
 }
 
+// A peer that rekeys without end and acknowledges no answer fills no memory; once
+// it acknowledges, every rekeying is answered.
+func TestRekeyFlood(t *testing.T) {
+	for _, wnd := range []int{0, -1} {
+		r := newRig(t, rigConfig{})
+		const n = maxAnswers/crypto.Overhead + 500
+		for i := range n {
+			o := int64(r.sealed)
+			r.outer(seg{o: o, data: r.sealWith(crypto.ControlRekey, 0, nil), ack: -1, wnd: wnd})
+			if i%1000 == 0 {
+				r.advance(delayedAck)
+				r.outs = r.outs[:0]
+			}
+		}
+		if r.f.state != flowLive || r.f.rxGen != n {
+			t.Fatalf("state %d, generation %d of %d", r.f.state, r.f.rxGen, n)
+		}
+		if r.f.txBytes > maxAnswers+crypto.Overhead {
+			t.Errorf("%d bytes wait for acknowledgement", r.f.txBytes)
+		}
+		answers := 0
+		for k := 0; k < n && answers < n; k++ {
+			r.outer(seg{o: int64(r.sealed)})
+			r.advance(time.Second)
+			answers += len(r.readFrames())
+		}
+		r.outer(seg{o: int64(r.sealed)})
+		if answers != n || r.f.ctlBytes != 0 {
+			t.Errorf("%d answers to %d rekeyings, %d bytes unacknowledged", answers, n, r.f.ctlBytes)
+		}
+		r.inner(seg{data: []byte("data")})
+		if fs := r.readFrames(); len(fs) != 1 || string(fs[0].data) != "data" {
+			t.Errorf("then %+v", fs)
+		}
+	}
+}
+
 // hog takes all slabs and returns the functions that give them back.
 func (r *rig) hog() (free []func()) {
 	for {

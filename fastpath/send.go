@@ -245,6 +245,9 @@ func (e *Engine) sealFrame(f *flow, src []byte, fl byte, urgent int, psh bool) b
 	f.sealI += uint64(data)
 	f.sealO += uint64(total)
 	f.txBytes += total
+	if data == 0 && fl&crypto.FlagFIN == 0 {
+		f.ctlBytes += total
+	}
 	f.txKeyFrames++
 	f.framesOut++
 	f.bytesOut += uint64(data)
@@ -409,10 +412,16 @@ func (e *Engine) probeOuter(f *flow) {
 	e.sendOuterAck(f, f.unaO-1)
 }
 
+// maxAnswers bounds the control bytes of one flow that wait for the peer's
+// acknowledgement: thousands of answers to rekeying, more than an honest peer
+// asks for in a round trip.
+const maxAnswers = 64 << 10
+
 // control seals empty frames when the peer is generations ahead and no data
-// carried the answer (T8, TC 3.8).
+// carried the answer (T8, TC 3.8). A peer that rekeys without end and
+// acknowledges no answer does not fill the memory: the rest of them waits.
 func (e *Engine) control(f *flow) {
-	for f.rxGen > f.txGen && !f.finSealed {
+	for f.rxGen > f.txGen && !f.finSealed && f.ctlBytes < maxAnswers {
 		if !e.sealFrame(f, nil, 0, -1, true) {
 			return
 		}
@@ -452,6 +461,9 @@ func (e *Engine) ackedBy(f *flow, a uint64) {
 			n--
 		}
 		f.txBytes -= n
+		if r.iLen == 0 {
+			f.ctlBytes -= n
+		}
 		e.buf.release(r.ref)
 		f.recs.pop()
 	}
