@@ -546,12 +546,15 @@ func (e *Engine) peerReset(f *flow) {
 	e.end(f, flowReset, ReasonPeerReset)
 }
 
-// abort ends a flow on both sides (TC 3.3, T15).
+// abort ends a flow on both sides (TC 3.3, T15). Data that was authentic is
+// delivered before, an end of the stream is not.
 func (e *Engine) abort(f *flow, reason string) {
 	if f.state != flowLive {
 		return
 	}
 	e.runSeal()
+	f.finp = false
+	e.deliver(f)
 	e.sendOuterReset(f, seqOf(f.iss, f.sentO))
 	if f.innerUp {
 		e.sendInnerReset(f, seqOf(f.irs, f.sntI))

@@ -57,7 +57,7 @@ func (e *Engine) consume(f *flow, data []byte, src source) int {
 				break
 			}
 			if l < crypto.Overhead {
-				e.abort(f, ReasonFrameLength)
+				e.frameTooShort(f)
 				return done
 			}
 			f.frameO = f.nxtO
@@ -98,7 +98,7 @@ func (e *Engine) startFrame(f *flow, data []byte, src source) int {
 	}
 	l := crypto.FrameHeader + int(binary.BigEndian.Uint16(f.hdr[1:]))
 	if l < crypto.Overhead {
-		e.abort(f, ReasonFrameLength)
+		e.frameTooShort(f)
 		return 0
 	}
 	mem, r, off, ok := e.buf.alloc(l, &f.rxSlab)
@@ -109,6 +109,13 @@ func (e *Engine) startFrame(f *flow, data []byte, src source) int {
 	f.asm, f.asmRef, f.asmOff, f.asmHave, f.hdrN = mem, r, off, have, 0
 	copy(mem, f.hdr[:])
 	return n
+}
+
+// frameTooShort ends a flow for a frame that cannot hold tag and flags, unless
+// one of those before it, which are judged first, already has.
+func (e *Engine) frameTooShort(f *flow) {
+	e.runOpen()
+	e.abort(f, ReasonFrameLength)
 }
 
 // addHold counts one more user of a buffer that is held already.
