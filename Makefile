@@ -48,7 +48,8 @@ bench: root build
 	bin/tcpcrypt bench capacity --save bin/bench/capacity.json
 	bin/tcpcrypt bench report -o bin/bench/report.html bin/bench/*.json
 
-# The BPF objects; needs clang, llvm-strip and the headers of libbpf.
+# The BPF objects, which need clang, llvm-strip and the headers of libbpf, and
+# the assembly.
 generate:
 	$(GO) generate ./...
 
@@ -56,6 +57,7 @@ lint:
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not gofmt'ed:" $$unformatted >&2; exit 1; }
 	$(GO) vet ./...
 	$(GO) vet -tags xdpdebug ./xdp/... ./fastpath/...
+	$(GO) vet -C crypto/internal/vaesgcm/gen .
 	$(GO) tool staticcheck ./...
 
 # A short round over every fuzz target.
