@@ -419,9 +419,11 @@ func (h *Host) Drain(ctx context.Context) {
 		break
 	}
 	h.worker.call(func(w *worker) {
-		w.eng.AbortAll(ReasonShutdown, w.now())
+		now := w.now()
+		w.slow.carryOut(w.slow.m.AbortAgreed(ReasonShutdown, now), now)
+		w.eng.AbortAll(ReasonShutdown, now)
 		w.transmit()
-		w.slow.round(w.now())
+		w.slow.round(now)
 	})
 }
 

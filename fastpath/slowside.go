@@ -141,13 +141,15 @@ func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 			}
 		case slowpath.Undivert:
 			s.w.transmit()
+			if s.guarded[a.Key] {
+				s.unguard(a.Key, false)
+			}
 			s.undivert(a.Key)
+		case slowpath.Guard:
+			s.guard(a.Key)
 		case slowpath.Install:
 			// The guard stands before the inner handshake is released (T22).
-			s.guarded[a.Est.Key] = true
-			if err := s.h.guard.Insert(a.Est.Key.Bytes()); err != nil {
-				s.h.log.Warn("flow cannot be guarded", "flow", a.Est.Key.String(), "err", err)
-			}
+			s.guard(a.Est.Key)
 			eng.Install(a.Est, now)
 		case slowpath.Reinject:
 			eng.Reinject(a.Dir, a.Frame, now)
@@ -167,6 +169,16 @@ func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 func (s *slowSide) undivert(k packet.Key) {
 	if err := s.h.diverter.Delete(k.Bytes()); err != nil {
 		s.h.log.Warn("flow is still diverted", "flow", k.String(), "err", err)
+	}
+}
+
+func (s *slowSide) guard(k packet.Key) {
+	if s.guarded[k] {
+		return
+	}
+	s.guarded[k] = true
+	if err := s.h.guard.Insert(k.Bytes()); err != nil {
+		s.h.log.Warn("flow cannot be guarded", "flow", k.String(), "err", err)
 	}
 }
 

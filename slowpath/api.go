@@ -25,11 +25,17 @@ const (
 	// Divert inserts Key into the diversion map, so that later segments of
 	// the flow come to the daemon from both sides (T17).
 	Divert
-	// Undivert removes Key from the diversion map: the flow is the kernel's.
+	// Undivert removes Key from the diversion map, and from the guard's before
+	// that: the flow is the kernel's.
 	Undivert
+	// Guard lists Key in the guard: a SYN-ACK leaves that lets the peer turn
+	// encryption on at once, and what it sends must not reach the inner stack,
+	// which completes its handshake by itself if this process dies (T22).
+	Guard
 	// Install hands Est to the fast path. It comes before the SendInner that
 	// lets the inner stack see the end of its handshake, and the guard entry
-	// of the flow must be in place before that one too (T22).
+	// of the flow, if Guard did not make it, must be in place before that one
+	// too (T22).
 	Install
 	// Reinject gives Frame, which arrived here after Install, to the fast path.
 	Reinject

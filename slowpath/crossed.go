@@ -44,6 +44,7 @@ func (m *Machine) answerCrossed(f *flow, s *packet.Segment) {
 		m.toPlain(f, s, packet.FromInner, ReasonNoRoom)
 		return
 	}
+	m.emit(Action{Kind: Guard, Key: f.key})
 	m.resendSYNACK(f)
 	if early := f.early; early != nil {
 		f.early = nil

@@ -493,6 +493,18 @@ func (m *Machine) AbortAll(reason string, now time.Duration) []Action {
 	return m.acts
 }
 
+// AbortAgreed is AbortAll for the flows of which the peer may take encryption for
+// agreed. The others may become plain without this Machine.
+func (m *Machine) AbortAgreed(reason string, now time.Duration) []Action {
+	m.begin(now)
+	for _, f := range slices.Collect(maps.Values(m.flows)) {
+		if f.phase >= phaseAnswered {
+			m.abort(f, reason)
+		}
+	}
+	return m.acts
+}
+
 // remember makes a note of a peer with which ENO did not work.
 func (m *Machine) remember(f *flow) {
 	m.peers.add(&f.key, m.now+m.cfg.RememberFor)

@@ -95,6 +95,28 @@ func TestNoDaemon(t *testing.T) {
 	}
 }
 
+// Before a SYN-ACK that lets the peer turn encryption on leaves, the guard
+// keeps what the peer then sends from the inner stack (T22). At the end flows of
+// which that is so are aborted; the others may become plain.
+func TestGuardedWhenAnswered(t *testing.T) {
+	s := newScript(t, Config{})
+	s.listening(crypto.TEPX25519)
+	if s.m.AbortAgreed("end", s.now); s.m.Len() != 1 {
+		t.Error("a flow that was not answered is aborted")
+	}
+	s.answered()
+	s.wantKinds(Guard, SendOuter)
+	s.acts = s.m.AbortAgreed("end", s.now)
+	s.wantKinds(SendOuter, SendInner)
+	s.wantReport(StateFailed, "end")
+
+	s = newScript(t, Config{})
+	s.connect()
+	if s.m.AbortAgreed("end", s.now); s.m.Len() != 1 {
+		t.Error("an offer is aborted")
+	}
+}
+
 // Why an active opener stays plain after the SYN-ACK. The SYN-ACK is passed on
 // as it came, but for ENO, after the tombstone and before Undivert (T17).
 func TestActivePlain(t *testing.T) {

@@ -180,6 +180,7 @@ func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
 	if !f.resume {
 		m.want(f, f.tep)
 	}
+	m.emit(Action{Kind: Guard, Key: f.key})
 	m.resendSYNACK(f)
 	f.expires = m.now + answerIdle
 }
