@@ -1034,58 +1034,170 @@ more:
 	JB   end
 	JE   last
 
+	// GHASH stays one group behind, so that the cipher does not wait for it
+	VPSHUFB     Z31, Z15, Z0
+	VPADDD      Z14, Z15, Z15
+	VPSHUFB     Z31, Z15, Z1
+	VPADDD      Z14, Z15, Z15
+	VPSHUFB     Z31, Z15, Z2
+	VPADDD      Z14, Z15, Z15
+	VPSHUFB     Z31, Z15, Z3
+	VPADDD      Z14, Z15, Z15
+	VPXORQ      Z16, Z0, Z0
+	VPXORQ      Z16, Z1, Z1
+	VPXORQ      Z16, Z2, Z2
+	VPXORQ      Z16, Z3, Z3
+	VAESENC     Z17, Z0, Z0
+	VAESENC     Z17, Z1, Z1
+	VAESENC     Z17, Z2, Z2
+	VAESENC     Z17, Z3, Z3
+	VAESENC     Z18, Z0, Z0
+	VAESENC     Z18, Z1, Z1
+	VAESENC     Z18, Z2, Z2
+	VAESENC     Z18, Z3, Z3
+	VAESENC     Z19, Z0, Z0
+	VAESENC     Z19, Z1, Z1
+	VAESENC     Z19, Z2, Z2
+	VAESENC     Z19, Z3, Z3
+	VAESENC     Z20, Z0, Z0
+	VAESENC     Z20, Z1, Z1
+	VAESENC     Z20, Z2, Z2
+	VAESENC     Z20, Z3, Z3
+	VAESENC     Z21, Z0, Z0
+	VAESENC     Z21, Z1, Z1
+	VAESENC     Z21, Z2, Z2
+	VAESENC     Z21, Z3, Z3
+	VAESENC     Z22, Z0, Z0
+	VAESENC     Z22, Z1, Z1
+	VAESENC     Z22, Z2, Z2
+	VAESENC     Z22, Z3, Z3
+	VAESENC     Z23, Z0, Z0
+	VAESENC     Z23, Z1, Z1
+	VAESENC     Z23, Z2, Z2
+	VAESENC     Z23, Z3, Z3
+	VAESENC     Z24, Z0, Z0
+	VAESENC     Z24, Z1, Z1
+	VAESENC     Z24, Z2, Z2
+	VAESENC     Z24, Z3, Z3
+	VAESENC     Z25, Z0, Z0
+	VAESENC     Z25, Z1, Z1
+	VAESENC     Z25, Z2, Z2
+	VAESENC     Z25, Z3, Z3
+	VAESENCLAST Z26, Z0, Z0
+	VAESENCLAST Z26, Z1, Z1
+	VAESENCLAST Z26, Z2, Z2
+	VAESENCLAST Z26, Z3, Z3
+	VPXORQ      (SI), Z0, Z0
+	VMOVDQU64   Z0, (DI)
+	VPXORQ      64(SI), Z1, Z1
+	VMOVDQU64   Z1, 64(DI)
+	VPXORQ      128(SI), Z2, Z2
+	VMOVDQU64   Z2, 128(DI)
+	VPXORQ      192(SI), Z3, Z3
+	VMOVDQU64   Z3, 192(DI)
+	ADDQ        $+256, SI
+	ADDQ        $+256, DI
+	SUBQ        $0x01, R10
+	JEQ         drain
+
 loop:
 	VPSHUFB         Z31, Z15, Z0
+	VBROADCASTI32X4 96(AX), Z8
 	VPADDD          Z14, Z15, Z15
+	VPCLMULQDQ      $0x00, Z8, Z12, Z4
 	VPSHUFB         Z31, Z15, Z1
+	VPCLMULQDQ      $0x11, Z8, Z12, Z6
 	VPADDD          Z14, Z15, Z15
+	VPCLMULQDQ      $0x01, Z8, Z12, Z5
 	VPSHUFB         Z31, Z15, Z2
 	VPADDD          Z14, Z15, Z15
+	VPCLMULQDQ      $0x10, Z8, Z12, Z9
 	VPSHUFB         Z31, Z15, Z3
+	VPXORQ          Z9, Z5, Z5
 	VPADDD          Z14, Z15, Z15
+	VMOVDQU64       -256(DI), Z7
 	VPXORQ          Z16, Z0, Z0
 	VPXORQ          Z16, Z1, Z1
+	VPSHUFB         Z31, Z7, Z7
 	VPXORQ          Z16, Z2, Z2
+	VBROADCASTI32X4 16(AX), Z8
 	VPXORQ          Z16, Z3, Z3
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
 	VAESENC         Z17, Z0, Z0
 	VAESENC         Z17, Z1, Z1
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VAESENC         Z17, Z2, Z2
+	VPXORQ          Z9, Z4, Z4
 	VAESENC         Z17, Z3, Z3
+	VPXORQ          Z10, Z6, Z6
 	VAESENC         Z18, Z0, Z0
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
 	VAESENC         Z18, Z1, Z1
 	VAESENC         Z18, Z2, Z2
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VAESENC         Z18, Z3, Z3
+	VPTERNLOGQ      $0x96, Z9, Z10, Z5
 	VAESENC         Z19, Z0, Z0
+	VMOVDQU64       -192(DI), Z7
 	VAESENC         Z19, Z1, Z1
 	VAESENC         Z19, Z2, Z2
+	VPSHUFB         Z31, Z7, Z7
 	VAESENC         Z19, Z3, Z3
+	VBROADCASTI32X4 (AX), Z8
 	VAESENC         Z20, Z0, Z0
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
 	VAESENC         Z20, Z1, Z1
 	VAESENC         Z20, Z2, Z2
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VAESENC         Z20, Z3, Z3
+	VPXORQ          Z9, Z4, Z4
 	VAESENC         Z21, Z0, Z0
+	VPXORQ          Z10, Z6, Z6
 	VAESENC         Z21, Z1, Z1
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
 	VAESENC         Z21, Z2, Z2
 	VAESENC         Z21, Z3, Z3
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VAESENC         Z22, Z0, Z0
+	VPTERNLOGQ      $0x96, Z9, Z10, Z5
 	VAESENC         Z22, Z1, Z1
+	VMOVDQU64       -128(DI), Z7
 	VAESENC         Z22, Z2, Z2
 	VAESENC         Z22, Z3, Z3
+	VPSHUFB         Z31, Z7, Z7
 	VAESENC         Z23, Z0, Z0
+	VBROADCASTI32X4 32(AX), Z8
 	VAESENC         Z23, Z1, Z1
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
 	VAESENC         Z23, Z2, Z2
 	VAESENC         Z23, Z3, Z3
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VAESENC         Z24, Z0, Z0
+	VPXORQ          Z9, Z4, Z4
 	VAESENC         Z24, Z1, Z1
+	VPXORQ          Z10, Z6, Z6
 	VAESENC         Z24, Z2, Z2
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
 	VAESENC         Z24, Z3, Z3
 	VAESENC         Z25, Z0, Z0
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VAESENC         Z25, Z1, Z1
+	VPTERNLOGQ      $0x96, Z9, Z10, Z5
 	VAESENC         Z25, Z2, Z2
+	VMOVDQU64       -64(DI), Z7
 	VAESENC         Z25, Z3, Z3
 	VAESENCLAST     Z26, Z0, Z0
+	VPSHUFB         Z31, Z7, Z7
 	VAESENCLAST     Z26, Z1, Z1
+	VPXORQ          Z7, Z6, Z6
 	VAESENCLAST     Z26, Z2, Z2
+	VPCLMULQDQ      $0x01, Z4, Z13, Z9
+	VPSHUFD         $0x4e, Z4, Z4
+	VPTERNLOGQ      $0x96, Z9, Z4, Z5
+	VPCLMULQDQ      $0x01, Z5, Z13, Z9
+	VPSHUFD         $0x4e, Z5, Z5
+	VPXORQ          Z9, Z6, Z12
+	VPXORQ          Z5, Z12, Z12
 	VAESENCLAST     Z26, Z3, Z3
 	VPXORQ          (SI), Z0, Z0
 	VMOVDQU64       Z0, (DI)
@@ -1095,41 +1207,51 @@ loop:
 	VMOVDQU64       Z2, 128(DI)
 	VPXORQ          192(SI), Z3, Z3
 	VMOVDQU64       Z3, 192(DI)
+	ADDQ            $+256, SI
+	ADDQ            $+256, DI
+	SUBQ            $0x01, R10
+	JNE             loop
+
+drain:
 	VBROADCASTI32X4 96(AX), Z8
 	VPCLMULQDQ      $0x00, Z8, Z12, Z4
 	VPCLMULQDQ      $0x11, Z8, Z12, Z6
 	VPCLMULQDQ      $0x01, Z8, Z12, Z5
 	VPCLMULQDQ      $0x10, Z8, Z12, Z9
 	VPXORQ          Z9, Z5, Z5
-	VPSHUFB         Z31, Z0, Z0
+	VMOVDQU64       -256(DI), Z7
+	VPSHUFB         Z31, Z7, Z7
 	VBROADCASTI32X4 16(AX), Z8
-	VPCLMULQDQ      $0x00, Z8, Z0, Z9
-	VPCLMULQDQ      $0x11, Z8, Z0, Z10
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VPXORQ          Z9, Z4, Z4
 	VPXORQ          Z10, Z6, Z6
-	VPCLMULQDQ      $0x01, Z8, Z0, Z9
-	VPCLMULQDQ      $0x10, Z8, Z0, Z10
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VPTERNLOGQ      $0x96, Z9, Z10, Z5
-	VPSHUFB         Z31, Z1, Z1
+	VMOVDQU64       -192(DI), Z7
+	VPSHUFB         Z31, Z7, Z7
 	VBROADCASTI32X4 (AX), Z8
-	VPCLMULQDQ      $0x00, Z8, Z1, Z9
-	VPCLMULQDQ      $0x11, Z8, Z1, Z10
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VPXORQ          Z9, Z4, Z4
 	VPXORQ          Z10, Z6, Z6
-	VPCLMULQDQ      $0x01, Z8, Z1, Z9
-	VPCLMULQDQ      $0x10, Z8, Z1, Z10
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VPTERNLOGQ      $0x96, Z9, Z10, Z5
-	VPSHUFB         Z31, Z2, Z2
+	VMOVDQU64       -128(DI), Z7
+	VPSHUFB         Z31, Z7, Z7
 	VBROADCASTI32X4 32(AX), Z8
-	VPCLMULQDQ      $0x00, Z8, Z2, Z9
-	VPCLMULQDQ      $0x11, Z8, Z2, Z10
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VPXORQ          Z9, Z4, Z4
 	VPXORQ          Z10, Z6, Z6
-	VPCLMULQDQ      $0x01, Z8, Z2, Z9
-	VPCLMULQDQ      $0x10, Z8, Z2, Z10
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VPTERNLOGQ      $0x96, Z9, Z10, Z5
-	VPSHUFB         Z31, Z3, Z3
-	VPXORQ          Z3, Z6, Z6
+	VMOVDQU64       -64(DI), Z7
+	VPSHUFB         Z31, Z7, Z7
+	VPXORQ          Z7, Z6, Z6
 	VPCLMULQDQ      $0x01, Z4, Z13, Z9
 	VPSHUFD         $0x4e, Z4, Z4
 	VPTERNLOGQ      $0x96, Z9, Z4, Z5
@@ -1137,10 +1259,6 @@ loop:
 	VPSHUFD         $0x4e, Z5, Z5
 	VPXORQ          Z9, Z6, Z12
 	VPXORQ          Z5, Z12, Z12
-	ADDQ            $+256, SI
-	ADDQ            $+256, DI
-	SUBQ            $0x01, R10
-	JNE             loop
 
 last:
 	KMOVQ           R13, K3
@@ -1442,7 +1560,7 @@ loaded:
 	SUBQ $0x04, R10
 	JB   rest
 
-loop:
+	// GHASH stays one group behind, so that the cipher does not wait for it
 	VPSHUFB        bswap<>+0(SB), Y15, Y0
 	VPADDD         inc2<>+0(SB), Y15, Y15
 	VPSHUFB        bswap<>+0(SB), Y15, Y1
@@ -1514,44 +1632,181 @@ loop:
 	VMOVDQU        Y2, 64(DI)
 	VPXOR          96(SI), Y3, Y3
 	VMOVDQU        Y3, 96(DI)
+	SUBQ           $-128, SI
+	SUBQ           $-128, DI
+	SUBQ           $0x04, R10
+	JB             drain
+
+loop:
+	VPSHUFB        bswap<>+0(SB), Y15, Y0
+	VBROADCASTI128 (AX), Y7
+	VPADDD         inc2<>+0(SB), Y15, Y15
+	VPCLMULQDQ     $0x00, Y7, Y12, Y4
+	VPSHUFB        bswap<>+0(SB), Y15, Y1
+	VPCLMULQDQ     $0x11, Y7, Y12, Y6
+	VPADDD         inc2<>+0(SB), Y15, Y15
+	VPCLMULQDQ     $0x01, Y7, Y12, Y5
+	VPSHUFB        bswap<>+0(SB), Y15, Y2
+	VPADDD         inc2<>+0(SB), Y15, Y15
+	VPCLMULQDQ     $0x10, Y7, Y12, Y8
+	VPSHUFB        bswap<>+0(SB), Y15, Y3
+	VPXOR          Y8, Y5, Y5
+	VPADDD         inc2<>+0(SB), Y15, Y15
+	VMOVDQU        -128(DI), Y10
+	VBROADCASTI128 112(AX), Y9
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VPXOR          Y9, Y0, Y0
+	VPXOR          Y9, Y1, Y1
+	VBROADCASTI128 16(AX), Y7
+	VPXOR          Y9, Y2, Y2
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
+	VPXOR          Y9, Y3, Y3
+	VPXOR          Y8, Y4, Y4
+	VBROADCASTI128 128(AX), Y9
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
+	VAESENC        Y9, Y0, Y0
+	VAESENC        Y9, Y1, Y1
+	VPXOR          Y8, Y6, Y6
+	VAESENC        Y9, Y2, Y2
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
+	VAESENC        Y9, Y3, Y3
+	VPXOR          Y8, Y5, Y5
+	VBROADCASTI128 144(AX), Y9
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
+	VAESENC        Y9, Y0, Y0
+	VAESENC        Y9, Y1, Y1
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y2, Y2
+	VMOVDQU        -96(DI), Y10
+	VAESENC        Y9, Y3, Y3
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VBROADCASTI128 160(AX), Y9
+	VBROADCASTI128 32(AX), Y7
+	VAESENC        Y9, Y0, Y0
+	VAESENC        Y9, Y1, Y1
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
+	VAESENC        Y9, Y2, Y2
+	VPXOR          Y8, Y4, Y4
+	VAESENC        Y9, Y3, Y3
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
+	VBROADCASTI128 176(AX), Y9
+	VPXOR          Y8, Y6, Y6
+	VAESENC        Y9, Y0, Y0
+	VAESENC        Y9, Y1, Y1
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
+	VAESENC        Y9, Y2, Y2
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y3, Y3
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
+	VBROADCASTI128 192(AX), Y9
+	VAESENC        Y9, Y0, Y0
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y1, Y1
+	VMOVDQU        -64(DI), Y10
+	VAESENC        Y9, Y2, Y2
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 64(AX), Y7
+	VBROADCASTI128 208(AX), Y9
+	VAESENC        Y9, Y0, Y0
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
+	VAESENC        Y9, Y1, Y1
+	VPXOR          Y8, Y4, Y4
+	VAESENC        Y9, Y2, Y2
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
+	VAESENC        Y9, Y3, Y3
+	VPXOR          Y8, Y6, Y6
+	VBROADCASTI128 224(AX), Y9
+	VAESENC        Y9, Y0, Y0
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
+	VAESENC        Y9, Y1, Y1
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y2, Y2
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
+	VAESENC        Y9, Y3, Y3
+	VPXOR          Y8, Y5, Y5
+	VBROADCASTI128 240(AX), Y9
+	VAESENC        Y9, Y0, Y0
+	VMOVDQU        -32(DI), Y10
+	VAESENC        Y9, Y1, Y1
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VAESENC        Y9, Y2, Y2
+	VPXOR          Y10, Y6, Y6
+	VAESENC        Y9, Y3, Y3
+	VPCLMULQDQ     $0x01, Y4, Y13, Y8
+	VBROADCASTI128 256(AX), Y9
+	VAESENC        Y9, Y0, Y0
+	VPSHUFD        $0x4e, Y4, Y4
+	VAESENC        Y9, Y1, Y1
+	VPXOR          Y8, Y4, Y4
+	VAESENC        Y9, Y2, Y2
+	VPXOR          Y4, Y5, Y5
+	VAESENC        Y9, Y3, Y3
+	VPCLMULQDQ     $0x01, Y5, Y13, Y8
+	VBROADCASTI128 272(AX), Y9
+	VAESENCLAST    Y9, Y0, Y0
+	VPSHUFD        $0x4e, Y5, Y5
+	VAESENCLAST    Y9, Y1, Y1
+	VPXOR          Y8, Y6, Y6
+	VAESENCLAST    Y9, Y2, Y2
+	VPXOR          Y5, Y6, Y12
+	VAESENCLAST    Y9, Y3, Y3
+	VPXOR          (SI), Y0, Y0
+	VMOVDQU        Y0, (DI)
+	VPXOR          32(SI), Y1, Y1
+	VMOVDQU        Y1, 32(DI)
+	VPXOR          64(SI), Y2, Y2
+	VMOVDQU        Y2, 64(DI)
+	VPXOR          96(SI), Y3, Y3
+	VMOVDQU        Y3, 96(DI)
+	SUBQ           $-128, SI
+	SUBQ           $-128, DI
+	SUBQ           $0x04, R10
+	JAE            loop
+
+drain:
 	VBROADCASTI128 (AX), Y7
 	VPCLMULQDQ     $0x00, Y7, Y12, Y4
 	VPCLMULQDQ     $0x11, Y7, Y12, Y6
 	VPCLMULQDQ     $0x01, Y7, Y12, Y5
 	VPCLMULQDQ     $0x10, Y7, Y12, Y8
 	VPXOR          Y8, Y5, Y5
-	VPSHUFB        bswap<>+0(SB), Y0, Y0
+	VMOVDQU        -128(DI), Y10
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
 	VBROADCASTI128 16(AX), Y7
-	VPCLMULQDQ     $0x00, Y7, Y0, Y8
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
 	VPXOR          Y8, Y4, Y4
-	VPCLMULQDQ     $0x11, Y7, Y0, Y8
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
 	VPXOR          Y8, Y6, Y6
-	VPCLMULQDQ     $0x01, Y7, Y0, Y8
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPCLMULQDQ     $0x10, Y7, Y0, Y8
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPSHUFB        bswap<>+0(SB), Y1, Y1
+	VMOVDQU        -96(DI), Y10
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
 	VBROADCASTI128 32(AX), Y7
-	VPCLMULQDQ     $0x00, Y7, Y1, Y8
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
 	VPXOR          Y8, Y4, Y4
-	VPCLMULQDQ     $0x11, Y7, Y1, Y8
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
 	VPXOR          Y8, Y6, Y6
-	VPCLMULQDQ     $0x01, Y7, Y1, Y8
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPCLMULQDQ     $0x10, Y7, Y1, Y8
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPSHUFB        bswap<>+0(SB), Y2, Y2
+	VMOVDQU        -64(DI), Y10
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
 	VBROADCASTI128 64(AX), Y7
-	VPCLMULQDQ     $0x00, Y7, Y2, Y8
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
 	VPXOR          Y8, Y4, Y4
-	VPCLMULQDQ     $0x11, Y7, Y2, Y8
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
 	VPXOR          Y8, Y6, Y6
-	VPCLMULQDQ     $0x01, Y7, Y2, Y8
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPCLMULQDQ     $0x10, Y7, Y2, Y8
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPSHUFB        bswap<>+0(SB), Y3, Y3
-	VPXOR          Y3, Y6, Y6
+	VMOVDQU        -32(DI), Y10
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VPXOR          Y10, Y6, Y6
 	VPCLMULQDQ     $0x01, Y4, Y13, Y8
 	VPSHUFD        $0x4e, Y4, Y4
 	VPXOR          Y8, Y4, Y4
@@ -1560,10 +1815,6 @@ loop:
 	VPSHUFD        $0x4e, Y5, Y5
 	VPXOR          Y8, Y6, Y6
 	VPXOR          Y5, Y6, Y12
-	SUBQ           $-128, SI
-	SUBQ           $-128, DI
-	SUBQ           $0x04, R10
-	JAE            loop
 
 rest:
 	CMPQ           R10, $-3
@@ -3793,74 +4044,202 @@ more:
 	JB   end
 	JE   last
 
+	// GHASH stays one group behind, so that the cipher does not wait for it
+	VPSHUFB     Z31, Z15, Z0
+	VPADDD      Z14, Z15, Z15
+	VPSHUFB     Z31, Z15, Z1
+	VPADDD      Z14, Z15, Z15
+	VPSHUFB     Z31, Z15, Z2
+	VPADDD      Z14, Z15, Z15
+	VPSHUFB     Z31, Z15, Z3
+	VPADDD      Z14, Z15, Z15
+	VPXORQ      Z16, Z0, Z0
+	VPXORQ      Z16, Z1, Z1
+	VPXORQ      Z16, Z2, Z2
+	VPXORQ      Z16, Z3, Z3
+	VAESENC     Z17, Z0, Z0
+	VAESENC     Z17, Z1, Z1
+	VAESENC     Z17, Z2, Z2
+	VAESENC     Z17, Z3, Z3
+	VAESENC     Z18, Z0, Z0
+	VAESENC     Z18, Z1, Z1
+	VAESENC     Z18, Z2, Z2
+	VAESENC     Z18, Z3, Z3
+	VAESENC     Z19, Z0, Z0
+	VAESENC     Z19, Z1, Z1
+	VAESENC     Z19, Z2, Z2
+	VAESENC     Z19, Z3, Z3
+	VAESENC     Z20, Z0, Z0
+	VAESENC     Z20, Z1, Z1
+	VAESENC     Z20, Z2, Z2
+	VAESENC     Z20, Z3, Z3
+	VAESENC     Z21, Z0, Z0
+	VAESENC     Z21, Z1, Z1
+	VAESENC     Z21, Z2, Z2
+	VAESENC     Z21, Z3, Z3
+	VAESENC     Z22, Z0, Z0
+	VAESENC     Z22, Z1, Z1
+	VAESENC     Z22, Z2, Z2
+	VAESENC     Z22, Z3, Z3
+	VAESENC     Z23, Z0, Z0
+	VAESENC     Z23, Z1, Z1
+	VAESENC     Z23, Z2, Z2
+	VAESENC     Z23, Z3, Z3
+	VAESENC     Z24, Z0, Z0
+	VAESENC     Z24, Z1, Z1
+	VAESENC     Z24, Z2, Z2
+	VAESENC     Z24, Z3, Z3
+	VAESENC     Z25, Z0, Z0
+	VAESENC     Z25, Z1, Z1
+	VAESENC     Z25, Z2, Z2
+	VAESENC     Z25, Z3, Z3
+	VAESENC     Z26, Z0, Z0
+	VAESENC     Z26, Z1, Z1
+	VAESENC     Z26, Z2, Z2
+	VAESENC     Z26, Z3, Z3
+	VAESENC     Z27, Z0, Z0
+	VAESENC     Z27, Z1, Z1
+	VAESENC     Z27, Z2, Z2
+	VAESENC     Z27, Z3, Z3
+	VAESENC     Z28, Z0, Z0
+	VAESENC     Z28, Z1, Z1
+	VAESENC     Z28, Z2, Z2
+	VAESENC     Z28, Z3, Z3
+	VAESENC     Z29, Z0, Z0
+	VAESENC     Z29, Z1, Z1
+	VAESENC     Z29, Z2, Z2
+	VAESENC     Z29, Z3, Z3
+	VAESENCLAST Z30, Z0, Z0
+	VAESENCLAST Z30, Z1, Z1
+	VAESENCLAST Z30, Z2, Z2
+	VAESENCLAST Z30, Z3, Z3
+	VPXORQ      (SI), Z0, Z0
+	VMOVDQU64   Z0, (DI)
+	VPXORQ      64(SI), Z1, Z1
+	VMOVDQU64   Z1, 64(DI)
+	VPXORQ      128(SI), Z2, Z2
+	VMOVDQU64   Z2, 128(DI)
+	VPXORQ      192(SI), Z3, Z3
+	VMOVDQU64   Z3, 192(DI)
+	ADDQ        $+256, SI
+	ADDQ        $+256, DI
+	SUBQ        $0x01, R10
+	JEQ         drain
+
 loop:
 	VPSHUFB         Z31, Z15, Z0
+	VBROADCASTI32X4 96(AX), Z8
 	VPADDD          Z14, Z15, Z15
+	VPCLMULQDQ      $0x00, Z8, Z12, Z4
 	VPSHUFB         Z31, Z15, Z1
 	VPADDD          Z14, Z15, Z15
+	VPCLMULQDQ      $0x11, Z8, Z12, Z6
 	VPSHUFB         Z31, Z15, Z2
 	VPADDD          Z14, Z15, Z15
+	VPCLMULQDQ      $0x01, Z8, Z12, Z5
 	VPSHUFB         Z31, Z15, Z3
+	VPCLMULQDQ      $0x10, Z8, Z12, Z9
 	VPADDD          Z14, Z15, Z15
 	VPXORQ          Z16, Z0, Z0
+	VPXORQ          Z9, Z5, Z5
 	VPXORQ          Z16, Z1, Z1
 	VPXORQ          Z16, Z2, Z2
+	VMOVDQU64       -256(DI), Z7
 	VPXORQ          Z16, Z3, Z3
+	VPSHUFB         Z31, Z7, Z7
 	VAESENC         Z17, Z0, Z0
 	VAESENC         Z17, Z1, Z1
+	VBROADCASTI32X4 16(AX), Z8
 	VAESENC         Z17, Z2, Z2
 	VAESENC         Z17, Z3, Z3
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
 	VAESENC         Z18, Z0, Z0
 	VAESENC         Z18, Z1, Z1
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VAESENC         Z18, Z2, Z2
+	VPXORQ          Z9, Z4, Z4
 	VAESENC         Z18, Z3, Z3
 	VAESENC         Z19, Z0, Z0
+	VPXORQ          Z10, Z6, Z6
 	VAESENC         Z19, Z1, Z1
 	VAESENC         Z19, Z2, Z2
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
 	VAESENC         Z19, Z3, Z3
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VAESENC         Z20, Z0, Z0
 	VAESENC         Z20, Z1, Z1
+	VPTERNLOGQ      $0x96, Z9, Z10, Z5
 	VAESENC         Z20, Z2, Z2
 	VAESENC         Z20, Z3, Z3
+	VMOVDQU64       -192(DI), Z7
 	VAESENC         Z21, Z0, Z0
+	VPSHUFB         Z31, Z7, Z7
 	VAESENC         Z21, Z1, Z1
 	VAESENC         Z21, Z2, Z2
+	VBROADCASTI32X4 (AX), Z8
 	VAESENC         Z21, Z3, Z3
 	VAESENC         Z22, Z0, Z0
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
 	VAESENC         Z22, Z1, Z1
 	VAESENC         Z22, Z2, Z2
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VAESENC         Z22, Z3, Z3
+	VPXORQ          Z9, Z4, Z4
 	VAESENC         Z23, Z0, Z0
 	VAESENC         Z23, Z1, Z1
+	VPXORQ          Z10, Z6, Z6
 	VAESENC         Z23, Z2, Z2
 	VAESENC         Z23, Z3, Z3
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
 	VAESENC         Z24, Z0, Z0
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VAESENC         Z24, Z1, Z1
 	VAESENC         Z24, Z2, Z2
+	VPTERNLOGQ      $0x96, Z9, Z10, Z5
 	VAESENC         Z24, Z3, Z3
 	VAESENC         Z25, Z0, Z0
+	VMOVDQU64       -128(DI), Z7
 	VAESENC         Z25, Z1, Z1
+	VPSHUFB         Z31, Z7, Z7
 	VAESENC         Z25, Z2, Z2
 	VAESENC         Z25, Z3, Z3
+	VBROADCASTI32X4 32(AX), Z8
 	VAESENC         Z26, Z0, Z0
 	VAESENC         Z26, Z1, Z1
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
 	VAESENC         Z26, Z2, Z2
 	VAESENC         Z26, Z3, Z3
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VAESENC         Z27, Z0, Z0
+	VPXORQ          Z9, Z4, Z4
 	VAESENC         Z27, Z1, Z1
 	VAESENC         Z27, Z2, Z2
+	VPXORQ          Z10, Z6, Z6
 	VAESENC         Z27, Z3, Z3
 	VAESENC         Z28, Z0, Z0
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
 	VAESENC         Z28, Z1, Z1
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VAESENC         Z28, Z2, Z2
 	VAESENC         Z28, Z3, Z3
+	VPTERNLOGQ      $0x96, Z9, Z10, Z5
 	VAESENC         Z29, Z0, Z0
 	VAESENC         Z29, Z1, Z1
+	VMOVDQU64       -64(DI), Z7
 	VAESENC         Z29, Z2, Z2
+	VPSHUFB         Z31, Z7, Z7
 	VAESENC         Z29, Z3, Z3
 	VAESENCLAST     Z30, Z0, Z0
+	VPXORQ          Z7, Z6, Z6
 	VAESENCLAST     Z30, Z1, Z1
 	VAESENCLAST     Z30, Z2, Z2
+	VPCLMULQDQ      $0x01, Z4, Z13, Z9
+	VPSHUFD         $0x4e, Z4, Z4
+	VPTERNLOGQ      $0x96, Z9, Z4, Z5
+	VPCLMULQDQ      $0x01, Z5, Z13, Z9
+	VPSHUFD         $0x4e, Z5, Z5
+	VPXORQ          Z9, Z6, Z12
+	VPXORQ          Z5, Z12, Z12
 	VAESENCLAST     Z30, Z3, Z3
 	VPXORQ          (SI), Z0, Z0
 	VMOVDQU64       Z0, (DI)
@@ -3870,41 +4249,51 @@ loop:
 	VMOVDQU64       Z2, 128(DI)
 	VPXORQ          192(SI), Z3, Z3
 	VMOVDQU64       Z3, 192(DI)
+	ADDQ            $+256, SI
+	ADDQ            $+256, DI
+	SUBQ            $0x01, R10
+	JNE             loop
+
+drain:
 	VBROADCASTI32X4 96(AX), Z8
 	VPCLMULQDQ      $0x00, Z8, Z12, Z4
 	VPCLMULQDQ      $0x11, Z8, Z12, Z6
 	VPCLMULQDQ      $0x01, Z8, Z12, Z5
 	VPCLMULQDQ      $0x10, Z8, Z12, Z9
 	VPXORQ          Z9, Z5, Z5
-	VPSHUFB         Z31, Z0, Z0
+	VMOVDQU64       -256(DI), Z7
+	VPSHUFB         Z31, Z7, Z7
 	VBROADCASTI32X4 16(AX), Z8
-	VPCLMULQDQ      $0x00, Z8, Z0, Z9
-	VPCLMULQDQ      $0x11, Z8, Z0, Z10
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VPXORQ          Z9, Z4, Z4
 	VPXORQ          Z10, Z6, Z6
-	VPCLMULQDQ      $0x01, Z8, Z0, Z9
-	VPCLMULQDQ      $0x10, Z8, Z0, Z10
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VPTERNLOGQ      $0x96, Z9, Z10, Z5
-	VPSHUFB         Z31, Z1, Z1
+	VMOVDQU64       -192(DI), Z7
+	VPSHUFB         Z31, Z7, Z7
 	VBROADCASTI32X4 (AX), Z8
-	VPCLMULQDQ      $0x00, Z8, Z1, Z9
-	VPCLMULQDQ      $0x11, Z8, Z1, Z10
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VPXORQ          Z9, Z4, Z4
 	VPXORQ          Z10, Z6, Z6
-	VPCLMULQDQ      $0x01, Z8, Z1, Z9
-	VPCLMULQDQ      $0x10, Z8, Z1, Z10
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VPTERNLOGQ      $0x96, Z9, Z10, Z5
-	VPSHUFB         Z31, Z2, Z2
+	VMOVDQU64       -128(DI), Z7
+	VPSHUFB         Z31, Z7, Z7
 	VBROADCASTI32X4 32(AX), Z8
-	VPCLMULQDQ      $0x00, Z8, Z2, Z9
-	VPCLMULQDQ      $0x11, Z8, Z2, Z10
+	VPCLMULQDQ      $0x00, Z8, Z7, Z9
+	VPCLMULQDQ      $0x11, Z8, Z7, Z10
 	VPXORQ          Z9, Z4, Z4
 	VPXORQ          Z10, Z6, Z6
-	VPCLMULQDQ      $0x01, Z8, Z2, Z9
-	VPCLMULQDQ      $0x10, Z8, Z2, Z10
+	VPCLMULQDQ      $0x01, Z8, Z7, Z9
+	VPCLMULQDQ      $0x10, Z8, Z7, Z10
 	VPTERNLOGQ      $0x96, Z9, Z10, Z5
-	VPSHUFB         Z31, Z3, Z3
-	VPXORQ          Z3, Z6, Z6
+	VMOVDQU64       -64(DI), Z7
+	VPSHUFB         Z31, Z7, Z7
+	VPXORQ          Z7, Z6, Z6
 	VPCLMULQDQ      $0x01, Z4, Z13, Z9
 	VPSHUFD         $0x4e, Z4, Z4
 	VPTERNLOGQ      $0x96, Z9, Z4, Z5
@@ -3912,10 +4301,6 @@ loop:
 	VPSHUFD         $0x4e, Z5, Z5
 	VPXORQ          Z9, Z6, Z12
 	VPXORQ          Z5, Z12, Z12
-	ADDQ            $+256, SI
-	ADDQ            $+256, DI
-	SUBQ            $0x01, R10
-	JNE             loop
 
 last:
 	KMOVQ           R13, K3
@@ -4242,7 +4627,7 @@ loaded:
 	SUBQ $0x04, R10
 	JB   rest
 
-loop:
+	// GHASH stays one group behind, so that the cipher does not wait for it
 	VPSHUFB        bswap<>+0(SB), Y15, Y0
 	VPADDD         inc2<>+0(SB), Y15, Y15
 	VPSHUFB        bswap<>+0(SB), Y15, Y1
@@ -4334,44 +4719,201 @@ loop:
 	VMOVDQU        Y2, 64(DI)
 	VPXOR          96(SI), Y3, Y3
 	VMOVDQU        Y3, 96(DI)
+	SUBQ           $-128, SI
+	SUBQ           $-128, DI
+	SUBQ           $0x04, R10
+	JB             drain
+
+loop:
+	VPSHUFB        bswap<>+0(SB), Y15, Y0
+	VBROADCASTI128 (AX), Y7
+	VPADDD         inc2<>+0(SB), Y15, Y15
+	VPCLMULQDQ     $0x00, Y7, Y12, Y4
+	VPSHUFB        bswap<>+0(SB), Y15, Y1
+	VPADDD         inc2<>+0(SB), Y15, Y15
+	VPCLMULQDQ     $0x11, Y7, Y12, Y6
+	VPSHUFB        bswap<>+0(SB), Y15, Y2
+	VPCLMULQDQ     $0x01, Y7, Y12, Y5
+	VPADDD         inc2<>+0(SB), Y15, Y15
+	VPSHUFB        bswap<>+0(SB), Y15, Y3
+	VPCLMULQDQ     $0x10, Y7, Y12, Y8
+	VPADDD         inc2<>+0(SB), Y15, Y15
+	VBROADCASTI128 112(AX), Y9
+	VPXOR          Y8, Y5, Y5
+	VPXOR          Y9, Y0, Y0
+	VMOVDQU        -128(DI), Y10
+	VPXOR          Y9, Y1, Y1
+	VPXOR          Y9, Y2, Y2
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VPXOR          Y9, Y3, Y3
+	VBROADCASTI128 128(AX), Y9
+	VBROADCASTI128 16(AX), Y7
+	VAESENC        Y9, Y0, Y0
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPXOR          Y8, Y4, Y4
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 144(AX), Y9
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
+	VAESENC        Y9, Y0, Y0
+	VPXOR          Y8, Y6, Y6
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 160(AX), Y9
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y0, Y0
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 176(AX), Y9
+	VMOVDQU        -96(DI), Y10
+	VAESENC        Y9, Y0, Y0
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VBROADCASTI128 32(AX), Y7
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 192(AX), Y9
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
+	VAESENC        Y9, Y0, Y0
+	VPXOR          Y8, Y4, Y4
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 208(AX), Y9
+	VPXOR          Y8, Y6, Y6
+	VAESENC        Y9, Y0, Y0
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 224(AX), Y9
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
+	VAESENC        Y9, Y0, Y0
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VMOVDQU        -64(DI), Y10
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 240(AX), Y9
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VAESENC        Y9, Y0, Y0
+	VBROADCASTI128 64(AX), Y7
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 256(AX), Y9
+	VPXOR          Y8, Y4, Y4
+	VAESENC        Y9, Y0, Y0
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPXOR          Y8, Y6, Y6
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 272(AX), Y9
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
+	VAESENC        Y9, Y0, Y0
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 288(AX), Y9
+	VPXOR          Y8, Y5, Y5
+	VAESENC        Y9, Y0, Y0
+	VMOVDQU        -32(DI), Y10
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 304(AX), Y9
+	VPXOR          Y10, Y6, Y6
+	VAESENC        Y9, Y0, Y0
+	VPCLMULQDQ     $0x01, Y4, Y13, Y8
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPSHUFD        $0x4e, Y4, Y4
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 320(AX), Y9
+	VPXOR          Y8, Y4, Y4
+	VAESENC        Y9, Y0, Y0
+	VPXOR          Y4, Y5, Y5
+	VAESENC        Y9, Y1, Y1
+	VAESENC        Y9, Y2, Y2
+	VPCLMULQDQ     $0x01, Y5, Y13, Y8
+	VAESENC        Y9, Y3, Y3
+	VBROADCASTI128 336(AX), Y9
+	VPSHUFD        $0x4e, Y5, Y5
+	VAESENCLAST    Y9, Y0, Y0
+	VPXOR          Y8, Y6, Y6
+	VAESENCLAST    Y9, Y1, Y1
+	VAESENCLAST    Y9, Y2, Y2
+	VPXOR          Y5, Y6, Y12
+	VAESENCLAST    Y9, Y3, Y3
+	VPXOR          (SI), Y0, Y0
+	VMOVDQU        Y0, (DI)
+	VPXOR          32(SI), Y1, Y1
+	VMOVDQU        Y1, 32(DI)
+	VPXOR          64(SI), Y2, Y2
+	VMOVDQU        Y2, 64(DI)
+	VPXOR          96(SI), Y3, Y3
+	VMOVDQU        Y3, 96(DI)
+	SUBQ           $-128, SI
+	SUBQ           $-128, DI
+	SUBQ           $0x04, R10
+	JAE            loop
+
+drain:
 	VBROADCASTI128 (AX), Y7
 	VPCLMULQDQ     $0x00, Y7, Y12, Y4
 	VPCLMULQDQ     $0x11, Y7, Y12, Y6
 	VPCLMULQDQ     $0x01, Y7, Y12, Y5
 	VPCLMULQDQ     $0x10, Y7, Y12, Y8
 	VPXOR          Y8, Y5, Y5
-	VPSHUFB        bswap<>+0(SB), Y0, Y0
+	VMOVDQU        -128(DI), Y10
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
 	VBROADCASTI128 16(AX), Y7
-	VPCLMULQDQ     $0x00, Y7, Y0, Y8
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
 	VPXOR          Y8, Y4, Y4
-	VPCLMULQDQ     $0x11, Y7, Y0, Y8
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
 	VPXOR          Y8, Y6, Y6
-	VPCLMULQDQ     $0x01, Y7, Y0, Y8
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPCLMULQDQ     $0x10, Y7, Y0, Y8
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPSHUFB        bswap<>+0(SB), Y1, Y1
+	VMOVDQU        -96(DI), Y10
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
 	VBROADCASTI128 32(AX), Y7
-	VPCLMULQDQ     $0x00, Y7, Y1, Y8
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
 	VPXOR          Y8, Y4, Y4
-	VPCLMULQDQ     $0x11, Y7, Y1, Y8
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
 	VPXOR          Y8, Y6, Y6
-	VPCLMULQDQ     $0x01, Y7, Y1, Y8
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPCLMULQDQ     $0x10, Y7, Y1, Y8
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPSHUFB        bswap<>+0(SB), Y2, Y2
+	VMOVDQU        -64(DI), Y10
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
 	VBROADCASTI128 64(AX), Y7
-	VPCLMULQDQ     $0x00, Y7, Y2, Y8
+	VPCLMULQDQ     $0x00, Y7, Y10, Y8
 	VPXOR          Y8, Y4, Y4
-	VPCLMULQDQ     $0x11, Y7, Y2, Y8
+	VPCLMULQDQ     $0x11, Y7, Y10, Y8
 	VPXOR          Y8, Y6, Y6
-	VPCLMULQDQ     $0x01, Y7, Y2, Y8
+	VPCLMULQDQ     $0x01, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPCLMULQDQ     $0x10, Y7, Y2, Y8
+	VPCLMULQDQ     $0x10, Y7, Y10, Y8
 	VPXOR          Y8, Y5, Y5
-	VPSHUFB        bswap<>+0(SB), Y3, Y3
-	VPXOR          Y3, Y6, Y6
+	VMOVDQU        -32(DI), Y10
+	VPSHUFB        bswap<>+0(SB), Y10, Y10
+	VPXOR          Y10, Y6, Y6
 	VPCLMULQDQ     $0x01, Y4, Y13, Y8
 	VPSHUFD        $0x4e, Y4, Y4
 	VPXOR          Y8, Y4, Y4
@@ -4380,10 +4922,6 @@ loop:
 	VPSHUFD        $0x4e, Y5, Y5
 	VPXOR          Y8, Y6, Y6
 	VPXOR          Y5, Y6, Y12
-	SUBQ           $-128, SI
-	SUBQ           $-128, DI
-	SUBQ           $0x04, R10
-	JAE            loop
 
 rest:
 	CMPQ           R10, $-3

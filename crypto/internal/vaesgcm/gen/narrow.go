@@ -115,13 +115,31 @@ func narrow(seal bool, rounds int) {
 	Comment("Groups of 4")
 	SUBQ(U8(4), R10)
 	JB(LabelRef("rest"))
-	Label("loop")
 	mid := ngroup{seal: seal, rounds: rounds, n: 4}
-	mid.emit()
-	SUBQ(I32(-128), src)
-	SUBQ(I32(-128), dst)
-	SUBQ(U8(4), R10)
-	JAE(LabelRef("loop"))
+	advance := func() {
+		SUBQ(I32(-128), src)
+		SUBQ(I32(-128), dst)
+		SUBQ(U8(4), R10)
+	}
+	if seal {
+		Comment("GHASH stays one group behind, so that the cipher does not wait for it")
+		emit(mid.cipher())
+		emit(mid.text())
+		advance()
+		JB(LabelRef("drain"))
+		Label("loop")
+		emit(merge(mid.cipher(), mid.hash(dst, -128)))
+		emit(mid.text())
+		advance()
+		JAE(LabelRef("loop"))
+		Label("drain")
+		emit(mid.hash(dst, -128))
+	} else {
+		Label("loop")
+		mid.emit()
+		advance()
+		JAE(LabelRef("loop"))
+	}
 	Label("rest")
 	CMPQ(R10, I8(-3))
 	JB(LabelRef("last1"))
@@ -268,10 +286,10 @@ func (g *ngroup) emit() {
 	if g.seal {
 		emit(g.cipher())
 		emit(g.text())
-		emit(g.hash())
+		emit(g.hash(nil, 0))
 		return
 	}
-	emit(merge(g.cipher(), g.hash()))
+	emit(merge(g.cipher(), g.hash(src, 0)))
 	emit(g.text())
 }
 
@@ -322,9 +340,9 @@ func (g *ngroup) text() (s []func()) {
 	return s
 }
 
-// hash takes the ciphertext into the accumulator: from Y0 to Y3 when sealing,
-// from memory and yLast when opening.
-func (g *ngroup) hash() (s []func()) {
+// hash takes the ciphertext into the accumulator, from memory (and yLast) or, if
+// base is nil, from Y0 to Y3.
+func (g *ngroup) hash(base Register, disp int) (s []func()) {
 	offs := []int{offH2, offH4, offH6, offH8}
 	product := func(v VecPhysical, off int, set bool) {
 		s = append(s, func() { VBROADCASTI128(at(key, off), yPow) })
@@ -344,14 +362,14 @@ func (g *ngroup) hash() (s []func()) {
 	}
 	product(yAcc, offs[g.n-1], true)
 	for j := range g.n {
-		v, from := yRegs[j], Op(yRegs[j])
-		if !g.seal {
-			v, from = yText, at(src, 32*j)
+		v := yRegs[j]
+		if base != nil {
+			v = yText
 		}
 		if g.last && j == g.n-1 {
 			x := v.AsX().(VecPhysical)
 			in := x
-			if !g.seal {
+			if base != nil {
 				in = yLast.AsX().(VecPhysical)
 			}
 			s = append(s,
@@ -360,8 +378,8 @@ func (g *ngroup) hash() (s []func()) {
 				func() { VPINSRQ(U8(1), aad, yTmp.AsX(), yTmp.AsX()) },
 				func() { VINSERTI128(U8(1), yTmp.AsX(), v, v) })
 		} else {
-			if !g.seal {
-				s = append(s, func() { VMOVDQU(from, v) })
+			if base != nil {
+				s = append(s, func() { VMOVDQU(at(base, disp+32*j), v) })
 			}
 			s = append(s, func() { VPSHUFB(shared.bswap, v, v) })
 		}

@@ -136,13 +136,31 @@ func wide(seal bool, rounds int) {
 	SUBQ(U8(1), R10)
 	JB(LabelRef("end"))
 	JE(LabelRef("last"))
-	Label("loop")
 	mid := group{seal: seal, rounds: rounds, n: 4}
-	mid.emit()
-	ADDQ(I32(256), src)
-	ADDQ(I32(256), dst)
-	SUBQ(U8(1), R10)
-	JNE(LabelRef("loop"))
+	advance := func() {
+		ADDQ(I32(256), src)
+		ADDQ(I32(256), dst)
+		SUBQ(U8(1), R10)
+	}
+	if seal {
+		Comment("GHASH stays one group behind, so that the cipher does not wait for it")
+		emit(mid.cipher())
+		emit(mid.text())
+		advance()
+		JEQ(LabelRef("drain"))
+		Label("loop")
+		emit(merge(mid.cipher(), mid.hash(dst, -256)))
+		emit(mid.text())
+		advance()
+		JNE(LabelRef("loop"))
+		Label("drain")
+		emit(mid.hash(dst, -256))
+	} else {
+		Label("loop")
+		mid.emit()
+		advance()
+		JNE(LabelRef("loop"))
+	}
 	Label("last")
 	KMOVQ(R13, kLast)
 	MOVL(U32(0xc0), R8.As32())
@@ -208,10 +226,10 @@ func (g *group) emit() {
 	if g.seal {
 		emit(g.cipher())
 		emit(g.text())
-		emit(g.hash())
+		emit(g.hash(nil, 0))
 		return
 	}
-	emit(merge(g.cipher(), g.hash()))
+	emit(merge(g.cipher(), g.hash(src, 0)))
 	emit(g.text())
 }
 
@@ -275,9 +293,9 @@ func (g *group) text() (s []func()) {
 	return s
 }
 
-// hash takes the ciphertext into the accumulator: from Z0 to Z3 when sealing,
-// from memory when opening.
-func (g *group) hash() (s []func()) {
+// hash takes the ciphertext into the accumulator, from memory or, if base is nil,
+// from Z0 to Z3.
+func (g *group) hash(base Register, disp int) (s []func()) {
 	offs := []int{offH4, offH8, offH12, offH16}
 	lo, mid, hi, x, h, t, u := Z4, Z5, Z6, Z7, Z8, Z9, Z10
 	set := true
@@ -308,12 +326,12 @@ func (g *group) hash() (s []func()) {
 	}
 	for j := range g.n {
 		v := x
-		if g.seal {
+		if base == nil {
 			v = zRegs[j]
 		} else if k := g.mask(j); k != nil {
-			s = append(s, func() { VMOVDQU8_Z(at(src, 64*j), k, x) })
+			s = append(s, func() { VMOVDQU8_Z(at(base, disp+64*j), k, x) })
 		} else {
-			s = append(s, func() { VMOVDQU64(at(src, 64*j), x) })
+			s = append(s, func() { VMOVDQU64(at(base, disp+64*j), x) })
 		}
 		s = append(s, func() { VPSHUFB(zSwap, v, v) })
 		if g.first && j == 0 {
