@@ -1,7 +1,8 @@
 // Package crypto is the cryptography of tcpcrypt (RFC 8548): key agreement for
 // its four TEPs, the Init1 and Init2 messages, the key schedule with session
 // IDs, resumption and rekeying, and sealing and opening of encryption frames.
-// It knows no packets, does no I/O and keeps no global state.
+// It knows no packets, does no I/O and keeps no global state but the choice of an
+// AEAD engine, which is made once.
 //
 // # Ownership
 //
@@ -15,7 +16,8 @@
 // Secrets are overwritten once they are of no further use: session secrets and
 // master keys when the next one has been derived, traffic keys on
 // Session.AdvanceSend, Session.AdvanceRecv and Session.Erase. Go limits what
-// that is worth. The expanded AES and ChaCha20 keys and the NIST and X25519
+// that is worth. Expanded AES keys are overwritten too, unless the AEAD engine is
+// the standard library's. Its expanded AES and ChaCha20 keys and the NIST
 // private keys live inside the standard library, which offers no way to
 // overwrite them: they are unreferenced at once, and their memory is reused
 // after the next garbage collection. Copies that the compiler or the standard

@@ -4,7 +4,7 @@ import "errors"
 
 // Reasons for failure. The functions of this package return these values
 // themselves or wrapped with detail: compare with errors.Is. All but the last
-// three are faults of the peer, after which RFC 8548 requires the connection to
+// five are faults of the peer, after which RFC 8548 requires the connection to
 // be aborted.
 var (
 	// ErrBadMagic: the stream does not begin with INIT1_MAGIC or INIT2_MAGIC
@@ -45,4 +45,11 @@ var (
 
 	// ErrPrivateKey: the private key is malformed or has been erased.
 	ErrPrivateKey = errors.New("private key malformed or erased")
+
+	// ErrUnknownEngine: no AEAD engine has that name.
+	ErrUnknownEngine = errors.New("unknown AEAD engine")
+
+	// ErrNoEngine: the CPU, or the operating system, lacks what the AEAD engine
+	// needs.
+	ErrNoEngine = errors.New("this machine lacks the instructions of that AEAD engine")
 )

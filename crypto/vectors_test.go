@@ -233,7 +233,8 @@ func (v *keyVectors) testDirection(t *testing.T, name string, kn []hexBytes, fra
 			t.Errorf("%s: Seal returned %d, want %d", what, n, len(f.Wire))
 		}
 		equal(t, what, frame, f.Wire)
-		equal(t, what+" nonce", sk.nonce[:], f.Nonce)
+		nonce := sk.nonce(f.Offset)
+		equal(t, what+" nonce", binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, nonce.Hi), nonce.Lo), f.Nonce)
 		equal(t, what+" aad", frame[:FrameHeader], f.AAD)
 
 		inPlace := append(make([]byte, FrameHeader), f.plain()...)

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto/internal/vaesgcm"
 )
 
 // wycheproofDir is a folder beside the checkout, relative to this package.
@@ -94,6 +96,39 @@ func TestWycheproofAEAD(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestWycheproofVector runs the cases of AES-GCM on the vector engines.
+func TestWycheproofVector(t *testing.T) {
+	e := current.Load()
+	if !e.vector {
+		t.Skip("the engine is the standard library, which TestWycheproofAEAD tests")
+	}
+	wycheproof(t, "aes_gcm_test.json", 120, func(t *testing.T, g *wycheproofGroup, c *wycheproofTest) bool {
+		if g.IVSize != 8*nonceLen || g.TagSize != 8*TagLen || g.KeySize == 192 {
+			return false
+		}
+		var k vaesgcm.Key
+		k.Init(e.form, c.Key)
+		nonce := vaesgcm.NonceOf((*[nonceLen]byte)(c.IV))
+		sealed := append(bytes.Clone(c.CT), c.Tag...)
+		opened := bytes.Clone(sealed)
+		ok := k.Open(&k, nonce, k.AAD(c.AAD), opened)
+		if c.Result == "invalid" {
+			if ok {
+				t.Errorf("case %d (%s) opens", c.ID, c.Comment)
+			}
+			return true
+		}
+		if !ok {
+			t.Errorf("case %d (%s) does not open", c.ID, c.Comment)
+		}
+		equal(t, "plaintext", opened[:len(c.Msg)], c.Msg)
+		got := append(bytes.Clone(c.Msg), make([]byte, TagLen)...)
+		k.Seal(&k, nonce, k.AAD(c.AAD), got, got[:len(c.Msg)])
+		equal(t, "ciphertext", got, sealed)
+		return true
+	})
 }
 
 func TestWycheproofHKDF(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 )
 
 func newBenchCommand() *cobra.Command {
@@ -20,6 +21,15 @@ func newBenchCommand() *cobra.Command {
 		Use:   "bench micro|pipeline|wire|peers|capacity|report",
 		Short: "Measure the program on this machine",
 		Args:  exactArgs("SUITE"),
+	}
+	var engine string
+	engineFlag(cmd.PersistentFlags(), &engine)
+	cmd.PersistentPreRunE = func(*cobra.Command, []string) error {
+		if err := useEngine(engine); err != nil {
+			return err
+		}
+		// For the daemons that some suites start.
+		return os.Setenv(crypto.EngineEnv, crypto.EngineName())
 	}
 	cmd.AddCommand(newBenchMicro(), newBenchPipeline(), newBenchWire(), newBenchPeers(), newBenchCapacity(), newBenchReport())
 	return cmd

@@ -36,6 +36,7 @@ type settings struct {
 	exclude  list[fastpath.PortRange]
 	teps     list[crypto.TEP]
 	aeads    list[crypto.AEAD]
+	engine   string
 	noResume bool
 	require  bool
 
@@ -81,6 +82,7 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.Var(&s.exclude, "exclude-ports", "TCP ports to leave alone")
 	fs.Var(&s.teps, "teps", "key agreement, in order of preference")
 	fs.Var(&s.aeads, "aeads", "ciphers, in order of preference")
+	engineFlag(fs, &s.engine)
 	fs.BoolVar(&s.noResume, "no-resume", false, "do not resume sessions")
 	fs.IntVar(&s.resumeNonce, "resume-nonce", crypto.MaxResumeNonce, "length of resumption nonces in bytes, 0 to 8; less than 8 only where memory is never cloned or restored")
 	fs.Var(&s.rekeyBytes, "rekey-bytes", "change a key after it sealed so much data, like 1M or 64G")
@@ -98,6 +100,22 @@ func (s *settings) flags() *pflag.FlagSet {
 		panic(err)
 	}
 	return fs
+}
+
+// engineFlag adds the flag that useEngine follows.
+func engineFlag(fs *pflag.FlagSet, engine *string) {
+	fs.StringVar(engine, "aead-engine", "", "compute AES-GCM by `NAME`: vaes-avx512, vaes-avx2 or std (default the fastest here, or $"+crypto.EngineEnv+")")
+}
+
+// useEngine chooses the AEAD engine.
+func useEngine(name string) error {
+	if err := crypto.SetEngine(name); err != nil {
+		if name != "" {
+			err = fmt.Errorf("aead-engine: %w", err)
+		}
+		return err
+	}
+	return nil
 }
 
 // check finds what no single flag can.

@@ -43,6 +43,9 @@ The file may also have rules, which no flag can express.`,
 			if err := s.check(); err != nil {
 				return err
 			}
+			if err := useEngine(s.engine); err != nil {
+				return err
+			}
 			if clean {
 				return cleanup(s.iface, cmd.OutOrStdout())
 			}

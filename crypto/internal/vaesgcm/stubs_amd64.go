@@ -7,6 +7,11 @@ package vaesgcm
 // cpuid7 returns ECX of CPUID leaf 7.
 func cpuid7() (ecx uint32)
 
+// fetch has the cache fetch a key.
+//
+//go:noescape
+func fetch(k *byte)
+
 // expand128 fills k for the functions with wide vectors (wide = 1) or narrow ones (0)
 // from the 16 bytes at key.
 //

@@ -29,18 +29,20 @@ const TagLen = 16
 // keyBytes is the size of the powers of H and the round keys of AES-256.
 const keyBytes = 7*16 + 15*16
 
-// Key is an expanded key. It is best placed 32 bytes into a cache line. The
-// zero value is no key: see Init.
+// Key is an expanded key. It is best placed 28 bytes into a cache line. The zero
+// value is no key: see Init.
 type Key struct {
-	b    [keyBytes]byte
 	kind kind
+	_    [3]byte
+	b    [keyBytes]byte
 }
 
 // kind is a form and a key length.
 type kind uint8
 
 const (
-	wide128 kind = iota
+	none kind = iota
+	wide128
 	wide256
 	narrow128
 	narrow256
@@ -51,7 +53,7 @@ func (k *Key) Init(f Form, key []byte) {
 	if !Supported(f) || len(key) != 16 && len(key) != 32 {
 		panic("vaesgcm: this CPU or key length is not supported")
 	}
-	k.kind = kind(2*f) + kind(len(key)/32)
+	k.kind = wide128 + kind(2*f) + kind(len(key)/32)
 	wide := uint64(1)
 	if f == Narrow {
 		wide = 0
@@ -65,6 +67,12 @@ func (k *Key) Init(f Form, key []byte) {
 
 // Erase overwrites the key.
 func (k *Key) Erase() { *k = Key{} }
+
+// Live reports whether Init was called, and Erase was not called since.
+func (k *Key) Live() bool { return k.kind != none }
+
+// Fetch has the CPU fetch the key into its cache.
+func (k *Key) Fetch() { fetch(&k.b[0]) }
 
 // Nonce is a nonce as two big-endian numbers.
 type Nonce struct {
@@ -107,6 +115,8 @@ func (k *Key) AAD(b []byte) AAD {
 	return a
 }
 
+const noKey = "vaesgcm: no key"
+
 // Seal encrypts src to dst, which has room for TagLen more bytes, and puts the
 // tag behind. src and dst begin at the same byte or do not overlap. next is the
 // key that is needed next, or k.
@@ -129,6 +139,8 @@ func (k *Key) Seal(next *Key, nonce Nonce, aad AAD, dst, src []byte) {
 		seal128Narrow(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
 	case narrow256:
 		seal256Narrow(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
+	default:
+		panic(noKey)
 	}
 }
 
@@ -151,6 +163,8 @@ func (k *Key) Open(next *Key, nonce Nonce, aad AAD, b []byte) bool {
 		bad = open128Narrow(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
 	case narrow256:
 		bad = open256Narrow(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
+	default:
+		panic(noKey)
 	}
 	if bad != 0 {
 		clear(b[:n])

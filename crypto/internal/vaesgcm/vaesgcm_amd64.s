@@ -63,6 +63,18 @@ TEXT ·cpuid7(SB), NOSPLIT, $0-4
 	MOVL CX, ecx+0(FP)
 	RET
 
+// func fetch(k *byte)
+// Requires: MMX+
+TEXT ·fetch(SB), NOSPLIT, $0-8
+	MOVQ       k+0(FP), AX
+	PREFETCHT0 (AX)
+	PREFETCHT0 64(AX)
+	PREFETCHT0 128(AX)
+	PREFETCHT0 192(AX)
+	PREFETCHT0 256(AX)
+	PREFETCHT0 320(AX)
+	RET
+
 // func expand128(k *byte, key *byte, wide uint64)
 // Requires: AES, AVX, PCLMULQDQ
 TEXT ·expand128(SB), NOSPLIT, $0-24

@@ -57,6 +57,7 @@ func main() {
 	ConstraintExpr("amd64")
 	constants()
 	cpuid7()
+	fetch()
 	expand(10)
 	expand(14)
 	ghash()
@@ -175,5 +176,16 @@ func cpuid7() {
 	XORL(ECX, ECX)
 	CPUID()
 	Store(ECX, Return("ecx"))
+	RET()
+}
+
+func fetch() {
+	TEXT("fetch", attr.NOSPLIT, "func(k *byte)")
+	Doc("fetch has the cache fetch a key.")
+	Pragma("noescape")
+	Load(Param("k"), key)
+	for i := range keyLines(14) {
+		PREFETCHT0(at(key, 64*i))
+	}
 	RET()
 }
