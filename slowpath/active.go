@@ -140,7 +140,7 @@ func (m *Machine) activeInner(f *flow, s *packet.Segment) {
 		m.remove(f)
 		m.emit(Action{Kind: Undivert, Key: f.key})
 		if f.phase != phasePlainSYN {
-			m.report(f.info(), StateFailed, ReasonNoAnswer)
+			m.report(f.info(), StateFailed, f.noAnswer())
 		}
 		m.offer(s)
 	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN:

@@ -107,6 +107,7 @@ const (
 	ReasonRequired        = "encryption-required"  // plain refused by --require
 	ReasonUnsupported     = "unsupported-datalink" // frames the translator cannot carry
 	ReasonNoAnswer        = "no-answer"            // one side fell silent in the TCP handshake
+	ReasonUnreachable     = "unreachable"          // the same, after an ICMP error
 	ReasonTruncated       = "truncated"            // FIN before the end of the Init message
 	ReasonNoRandom        = "no-randomness"        // the source of keys and nonces failed
 	ReasonOverload        = "overload"             // nobody found the time to compute the key agreement

@@ -49,6 +49,7 @@ type flow struct {
 	early         []byte // crossed: the peer's SYN-ACK, which came before ours left
 	strayAck      uint32 // passive: acknowledgement of an older connection's socket
 	hasStray      bool
+	unreachable   bool // an ICMP error came about the SYN or SYN-ACK
 
 	excused bool // this host did not run meanwhile
 
@@ -97,6 +98,14 @@ func (f *flow) info() Info {
 		i.State = StateNegotiating
 	}
 	return i
+}
+
+// noAnswer is the reason of a flow whose handshake nobody went on with.
+func (f *flow) noAnswer() string {
+	if f.unreachable {
+		return ReasonUnreachable
+	}
+	return ReasonNoAnswer
 }
 
 // noteSent records a transmission of the SYN or SYN-ACK.

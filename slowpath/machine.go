@@ -93,8 +93,8 @@ func New(cfg Config, random io.Reader) *Machine {
 }
 
 // Input takes one frame that the fast path does not own: a SYN, a segment of a
-// flow between its Divert and its Install or Undivert, or a straggler. dir says
-// where it came from. Checksums have been verified, or the frame is from this
+// flow between its Divert and its Install or Undivert, a straggler, or an ICMP
+// error about such a flow. dir says where it came from. Checksums have been verified, or the frame is from this
 // machine. A super-segment has to be cut before. A SYN on the tuple of an
 // encrypted flow may only come here when the fast path has given the flow up.
 //
@@ -109,6 +109,10 @@ func (m *Machine) Input(dir packet.Direction, frame []byte, now time.Duration) [
 			m.count(repairedSYNs)
 			err = packet.Parse(f, dir, s)
 		}
+	}
+	if err == packet.ErrNotTCP && dir == packet.FromOuter {
+		m.icmp(frame)
+		return m.acts
 	}
 	if err != nil {
 		m.count(dropMalformed)
@@ -143,6 +147,24 @@ func (m *Machine) Input(dir packet.Direction, frame []byte, now time.Duration) [
 		}
 	}
 	return m.acts
+}
+
+// icmp passes on an ICMP error about a SYN or SYN-ACK, whose numbers are the
+// inner stack's own: what becomes of the attempt is for that one to decide, as it
+// would be without encryption. Errors about Init messages mean nothing to it.
+func (m *Machine) icmp(frame []byte) {
+	var e packet.ICMPError
+	if packet.ParseICMP(frame, &e) != nil {
+		m.count(dropMalformed)
+		return
+	}
+	f := m.flows[e.Key]
+	if f == nil || f.phase == phaseExchange || f.phase == phaseListen || e.TooBig || e.Seq != f.iss {
+		m.count(dropICMP)
+		return
+	}
+	f.unreachable = true
+	m.send(f.key, packet.FromOuter, bytes.Clone(e.Frame))
 }
 
 // segment gives a segment to the side of its flow that it came from.
@@ -243,6 +265,7 @@ const (
 	dropInner        = "drop_inner"         // from the inner stack, of no use in this state
 	dropLimit        = "drop_limit"         // no memory for the bytes or the flow
 	dropDead         = "drop_dead"          // of an aborted flow
+	dropICMP         = "drop_icmp"          // an ICMP error that concerns no SYN or SYN-ACK
 	repairedSYNs     = "syn_bad_opts_ended" // SYNs whose malformed options were cut off
 )
 
@@ -521,12 +544,12 @@ func (m *Machine) expire(f *flow) {
 	case phaseAnswered, phaseCrossed:
 		// The inner stack may still wait for the final ACK, and must not
 		// take a late one for that of a plain connection.
-		m.abort(f, ReasonNoAnswer)
+		m.abort(f, f.noAnswer())
 	default:
 		m.bury(f, fatePlain)
 		m.emit(Action{Kind: Undivert, Key: f.key})
 		if f.phase != phasePlainSYN {
-			m.report(f.info(), StateFailed, ReasonNoAnswer)
+			m.report(f.info(), StateFailed, f.noAnswer())
 		}
 	}
 }
