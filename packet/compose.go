@@ -125,63 +125,26 @@ func Rewrite(dst []byte, s *Segment, opts, payload []byte) []byte {
 // PutIPv4Checksum writes the checksum of the IPv4 header ip.
 func PutIPv4Checksum(ip []byte) {
 	ip[10], ip[11] = 0, 0
+	if ip[0] == 0x45 {
+		le := binary.LittleEndian
+		ip = ip[:IPv4Len]
+		// Two words of 64 bits may carry; halves of them do not.
+		a, b := le.Uint64(ip), le.Uint64(ip[8:])
+		binary.LittleEndian.PutUint16(ip[10:], ^Fold(a>>32+a&0xffffffff+b>>32+b&0xffffffff+uint64(le.Uint32(ip[16:]))))
+		return
+	}
 	binary.LittleEndian.PutUint16(ip[10:], ^Fold(Sum(ip[:int(ip[0]&15)*4], 0)))
-}
-
-// Sum adds the one's complement sum of b (RFC 1071), in little-endian words,
-// to an unfolded start value. b may have any length; when sums of several
-// pieces are chained, all but the last must have even length.
-func Sum(b []byte, start uint64) uint64 {
-	a := start
-	var c uint64
-	for len(b) >= 64 {
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b), 0)
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[8:]), c)
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[16:]), c)
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[24:]), c)
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[32:]), c)
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[40:]), c)
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[48:]), c)
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[56:]), c)
-		a, c = bits.Add64(a, 0, c)
-		a += c
-		b = b[64:]
-	}
-	for len(b) >= 8 {
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b), 0)
-		a += c
-		b = b[8:]
-	}
-	if len(b) > 0 {
-		var t [8]byte
-		copy(t[:], b)
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(t[:]), 0)
-		a += c
-	}
-	return a
-}
-
-// Fold reduces a sum to 16 bits, to be stored as a little-endian word.
-func Fold(a uint64) uint16 {
-	a = a>>32 + a&0xffffffff
-	a = a>>32 + a&0xffffffff
-	a = a>>16 + a&0xffff
-	a = a>>16 + a&0xffff
-	a = a>>16 + a&0xffff
-	return uint16(a)
 }
 
 // pseudoSum returns the unfolded sum of the pseudo-header of the IP packet ip
 // with n bytes of protocol proto.
 func pseudoSum(ip []byte, v6 bool, proto uint8, n int) uint64 {
-	var a uint64
+	// Protocol and length as they would be stored, and read as little-endian words.
+	a := uint64(proto)<<8 + uint64(bits.ReverseBytes32(uint32(n)))
 	if v6 {
-		a = Sum(ip[8:40], 0)
-	} else {
-		a = Sum(ip[12:20], 0)
+		return Sum(ip[8:40], a)
 	}
-	t := [8]byte{1: proto, 4: byte(n >> 24), 5: byte(n >> 16), 6: byte(n >> 8), 7: byte(n)}
-	return Sum(t[:], a)
+	return a + uint64(binary.LittleEndian.Uint32(ip[12:])) + uint64(binary.LittleEndian.Uint32(ip[16:]))
 }
 
 // FullChecksum writes the TCP checksum of the frame whose IP and TCP headers

@@ -1,0 +1,71 @@
+package packet
+
+import (
+	"encoding/binary"
+	"math/bits"
+)
+
+// Sum adds the one's complement sum of b (RFC 1071), in little-endian words,
+// to an unfolded start value. b may have any length; when sums of several
+// pieces are chained, all but the last must have even length.
+func Sum(b []byte, start uint64) uint64 {
+	var c uint64
+	if len(b) >= vectorMin && hasVector {
+		n := len(b) &^ 31
+		start, c = bits.Add64(start, sumVector(&b[0], n), 0)
+		start += c
+		b = b[n:]
+	}
+	return sumWords(b, start)
+}
+
+// sumWords is Sum, 8 bytes at a time.
+func sumWords(b []byte, a uint64) uint64 {
+	var c uint64
+	for len(b) >= 64 {
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b), 0)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[8:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[16:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[24:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[32:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[40:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[48:]), c)
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b[56:]), c)
+		a, c = bits.Add64(a, 0, c)
+		a += c
+		b = b[64:]
+	}
+	for len(b) >= 8 {
+		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b), 0)
+		a += c
+		b = b[8:]
+	}
+	var t uint64
+	if len(b) >= 4 {
+		t = uint64(binary.LittleEndian.Uint32(b))
+		b = b[4:]
+		a, c = bits.Add64(a, t, 0)
+		a += c
+	}
+	if len(b) >= 2 {
+		t = uint64(binary.LittleEndian.Uint16(b))
+		b = b[2:]
+		a, c = bits.Add64(a, t, 0)
+		a += c
+	}
+	if len(b) > 0 {
+		a, c = bits.Add64(a, uint64(b[0]), 0)
+		a += c
+	}
+	return a
+}
+
+// Fold reduces a sum to 16 bits, to be stored as a little-endian word.
+func Fold(a uint64) uint16 {
+	a = a>>32 + a&0xffffffff
+	a = a>>32 + a&0xffffffff
+	a = a>>16 + a&0xffff
+	a = a>>16 + a&0xffff
+	a = a>>16 + a&0xffff
+	return uint16(a)
+}

@@ -1,0 +1,14 @@
+package packet
+
+import "golang.org/x/sys/cpu"
+
+// vectorMin is the length in bytes from which on vectors gain.
+const vectorMin = 160
+
+var hasVector = cpu.X86.HasAVX2
+
+// sumVector returns the sum of the n bytes at p as 32-bit words, for n > 0 that
+// are a multiple of 32 and below 2^32.
+//
+//go:noescape
+func sumVector(p *byte, n int) uint64
