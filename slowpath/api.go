@@ -139,6 +139,12 @@ type Config struct {
 	// option is not offered ENO; 0: every connection tries again.
 	RememberPlainFor time.Duration
 	TombstoneFor     time.Duration // how long stragglers of a decided flow are passed on, default 5 s
+	// Limiter bounds costly key agreements of all Machines that share it; nil:
+	// the Machine has one of its own.
+	Limiter *Limiter
+	// Forgotten, if not nil, is called when the Machine no longer remembers
+	// what became of a flow, which may be beginning anew: see Machine.Knows.
+	Forgotten func(k packet.Key)
 }
 
 // Verdict is what a Policy wants of a flow.

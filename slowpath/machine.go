@@ -58,7 +58,7 @@ type Machine struct {
 	timers timerHeap
 	tombs  graveyard
 	peers  peerMemory
-	p521   bucket
+	costly *Limiter
 
 	wanting []*flow // for which Ahead may make keys
 
@@ -85,7 +85,7 @@ func New(cfg Config, random io.Reader) *Machine {
 		cfg: cfg, rand: random,
 		flows:  make(map[packet.Key]*flow),
 		peers:  peerMemory{until: make(map[peer]time.Duration)},
-		p521:   bucket{tokens: p521Burst},
+		costly: cmp.Or(cfg.Limiter, NewLimiter()),
 		counts: make(map[string]uint64),
 	}
 	m.tombs.init()
@@ -322,6 +322,11 @@ func (m *Machine) remove(f *flow) {
 	delete(m.flows, f.key)
 	heap.Remove(&m.timers, f.slot)
 	m.rxHeld -= len(f.rx.buf)
+	m.wipe(f)
+}
+
+// wipe erases what a flow keeps secret.
+func (m *Machine) wipe(f *flow) {
 	if f.priv != nil {
 		f.priv.Erase()
 		f.priv = nil
@@ -382,6 +387,9 @@ func (m *Machine) unbury(t *tomb) {
 	m.tombs.remove(t)
 	if t.fate == fateDead {
 		m.emit(Action{Kind: Undivert, Key: t.key})
+	}
+	if m.cfg.Forgotten != nil {
+		m.cfg.Forgotten(t.key)
 	}
 }
 

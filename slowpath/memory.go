@@ -141,22 +141,3 @@ func (p *peerMemory) has(k *packet.Key, now time.Duration) bool {
 	return known && now < until
 }
 
-// Key agreement with P-521 costs milliseconds, so strangers get only so many.
-const (
-	p521Burst  = 64
-	p521Period = time.Second / 64
-)
-
-// bucket is a token bucket.
-type bucket struct {
-	tokens int
-	last   time.Duration
-}
-
-func (b *bucket) has(now time.Duration) bool {
-	if n := int64((now - b.last) / p521Period); n > 0 {
-		b.tokens = int(min(int64(b.tokens)+n, p521Burst))
-		b.last += time.Duration(n) * p521Period
-	}
-	return b.tokens > 0
-}

@@ -819,28 +819,48 @@ func TestHalfOpenLimit(t *testing.T) {
 	}
 }
 
-// P-521 costs too much to be had without limit.
-func TestP521Limit(t *testing.T) {
-	s := newScript(t, Config{})
-	count := func(eno []byte) (offered int) {
-		for i := range uint16(100) {
-			s.input(packet.FromOuter, s.link.frame(tcp{src: 2, dst: 1, sport: 1000 + i, dport: serverPort, seq: uint32(i) + uint32(s.now), flags: packet.SYN, opts: withENO(nil, eno)}))
-			if slices.Contains(s.kinds(), Divert) {
-				offered++
+// P-521 and X448 cost too much to be had without limit.
+func TestCostlyLimit(t *testing.T) {
+	for _, c := range []struct {
+		tep   byte
+		limit int
+	}{{p521, p521PerSecond}, {x448, x448PerSecond}} {
+		s := newScript(t, Config{})
+		n := c.limit + 20
+		count := func(eno []byte) (offered int) {
+			for i := range uint16(n) {
+				s.input(packet.FromOuter, s.link.frame(tcp{src: 2, dst: 1, sport: 1000 + i, dport: serverPort, seq: uint32(i) + uint32(s.now), flags: packet.SYN, opts: withENO(nil, eno)}))
+				if slices.Contains(s.kinds(), Divert) {
+					offered++
+				}
 			}
+			s.tick(time.Minute)
+			return offered
 		}
-		s.tick(time.Minute)
-		return offered
+		if n := count(option(c.tep)); n != c.limit {
+			t.Errorf("%d flows at once, want %d", n, c.limit)
+		}
+		s.now += 5 * time.Second
+		if n := count(option(c.tep)); n != c.limit {
+			t.Errorf("%d flows later, want %d", n, c.limit)
+		}
+		if got := count(option(x25519, c.tep)); got != n {
+			t.Errorf("%d flows with a choice, want %d", got, n)
+		}
 	}
-	if n := count(option(p521)); n != p521Burst {
-		t.Errorf("%d flows with P-521 at once", n)
+}
+
+// Machines that share a limiter share its bound.
+func TestSharedLimit(t *testing.T) {
+	l := NewLimiter()
+	took := 0
+	for range 2 * p521PerSecond {
+		if l.take(crypto.TEPP521, 0) {
+			took++
+		}
 	}
-	s.now += 5 * time.Second
-	if n := count(option(p521)); n != p521Burst {
-		t.Errorf("%d flows with P-521 later", n)
-	}
-	if n := count(option(x25519, p521)); n != 100 {
-		t.Errorf("%d flows with a choice", n)
+	if took != p521PerSecond || !l.take(crypto.TEPX25519, 0) || !l.take(crypto.TEPP521, time.Second) {
+		t.Errorf("%d at once", took)
 	}
 }
 

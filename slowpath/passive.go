@@ -109,17 +109,15 @@ func (m *Machine) answerFresh(f *flow, offer *ENO) (reason string) {
 		f.ticket, f.nonce, f.theirs, f.resume = nil, nil, nil, false
 	}
 	tep, reason := ChooseTEP(offer, m.cfg.TEPs)
-	if tep == crypto.TEPP521 && !m.p521.has(m.now) {
-		cheap := slices.DeleteFunc(slices.Clone(m.cfg.TEPs), func(t crypto.TEP) bool { return t == crypto.TEPP521 })
-		if tep, reason = ChooseTEP(offer, cheap); reason != "" {
+	for teps := m.cfg.TEPs; reason == "" && !m.costly.take(tep, m.now); {
+		exhausted := tep
+		teps = slices.DeleteFunc(slices.Clone(teps), func(t crypto.TEP) bool { return t == exhausted })
+		if tep, reason = ChooseTEP(offer, teps); reason != "" {
 			return ReasonLimit
 		}
 	}
 	if reason != "" {
 		return reason
-	}
-	if tep == crypto.TEPP521 {
-		m.p521.tokens--
 	}
 	m.answerWith(f, Suboption{TEP: tep})
 	return ""

@@ -194,7 +194,7 @@ func TestResumeWithoutCaching(t *testing.T) {
 func TestResumeBeyondP521Limit(t *testing.T) {
 	cfg, peer := withSecret(crypto.RoleB, crypto.TEPP521)
 	s := newScript(t, cfg)
-	s.m.p521 = bucket{last: s.now}
+	s.m.costly.p521 = bucket{rate: p521PerSecond, last: s.now}
 	s.proposed(peer)
 	s.answered()
 	s.outer(firstACK(true, 0, nil))
