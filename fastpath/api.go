@@ -17,12 +17,19 @@ type HostConfig struct {
 	Interface string // outer interface, e.g. eth0
 	Mode      string // auto, zerocopy, copy or generic
 	Queues    []int  // NIC queues to bind; nil: all
-	CPUs      []int  // CPUs to pin workers to; nil: not pinned
-	Ports     []PortRange
-	Exclude   []PortRange
-	TEPs      []crypto.TEP
-	AEADs     []crypto.AEAD
-	NoResume  bool
+	Workers   int    // 0: one a queue, as far as there are CPU cores
+	CPUs      []int  // CPUs to pin workers to; nil: chosen, see NUMA
+	// NUMA is the node whose CPUs are chosen; -1: that of the NIC, and workers
+	// are pinned only where there are CPUs to spare.
+	NUMA int
+	Poll Poll // what workers without work do
+	// BusyPoll is xdp.SocketConfig.BusyPoll.
+	BusyPoll bool
+	Ports    []PortRange
+	Exclude  []PortRange
+	TEPs     []crypto.TEP
+	AEADs    []crypto.AEAD
+	NoResume bool
 	// ResumeNonce is slowpath.Config.ResumeNonce; 8 unless the user knows
 	// better.
 	ResumeNonce int
@@ -52,24 +59,42 @@ type QueueStatus struct {
 	Mode     string `json:"mode"`               // zerocopy, copy or generic
 	Refused  string `json:"refused,omitempty"`  // why a better mode was not had
 	Checksum string `json:"checksum,omitempty"` // software or offload
+	// HandedOver counts packets of the queue that went on to other workers.
+	HandedOver uint64 `json:"handed_over"`
+}
+
+// WorkerStatus is how one worker runs.
+type WorkerStatus struct {
+	Worker   int   `json:"worker"`
+	CPU      int   `json:"cpu"` // -1: not pinned
+	Queues   []int `json:"queues"`
+	Flows    int   `json:"flows"`     // encrypted or closing
+	HalfOpen int   `json:"half_open"` // offered or negotiating
+	// HandedOver counts packets that went on to other workers, which have their
+	// flows: from the NIC's queues and from the local stack.
+	HandedOver uint64 `json:"handed_over"`
+	// Received counts packets that other workers handed over.
+	Received uint64 `json:"received"`
 }
 
 // Status is the answer to `tcpcrypt status`.
 type Status struct {
-	Interface string        `json:"interface"`
-	Driver    string        `json:"driver"`
-	MTU       int           `json:"mtu"`
-	Inner     string        `json:"inner"` // name of the TAP device
-	Mode      string        `json:"mode"`  // the weakest mode of any queue
-	Queues    []QueueStatus `json:"queues"`
-	Guard     string        `json:"guard"` // state of the side-door guard: "active" or why not
-	Engine    string        `json:"aead_engine"`
-	PID       int           `json:"pid"`
-	Uptime    float64       `json:"uptime_s"`
-	Draining  bool          `json:"draining"`
-	Flows     int           `json:"flows"`     // encrypted or closing
-	HalfOpen  int           `json:"half_open"` // offered or negotiating
-	Ended     int           `json:"ended"`     // aborted at start: left over from a daemon that died
+	Interface string         `json:"interface"`
+	Driver    string         `json:"driver"`
+	MTU       int            `json:"mtu"`
+	Inner     string         `json:"inner"` // name of the TAP device
+	Mode      string         `json:"mode"`  // the weakest mode of any queue
+	Queues    []QueueStatus  `json:"queues"`
+	Workers   []WorkerStatus `json:"workers"`
+	Poll      string         `json:"poll"`  // hybrid, busy or sleep
+	Guard     string         `json:"guard"` // state of the side-door guard: "active" or why not
+	Engine    string         `json:"aead_engine"`
+	PID       int            `json:"pid"`
+	Uptime    float64        `json:"uptime_s"`
+	Draining  bool           `json:"draining"`
+	Flows     int            `json:"flows"`     // encrypted or closing
+	HalfOpen  int            `json:"half_open"` // offered or negotiating
+	Ended     int            `json:"ended"`     // aborted at start: left over from a daemon that died
 }
 
 // FlowInfo is one row of `tcpcrypt flows`.

@@ -63,6 +63,11 @@ type EngineConfig struct {
 	// of asking the peer for an authentic answer (TC 3.9).
 	TCPKeepalive bool
 	Drain        func() // called when an output vector is full: it must empty both
+	// Elsewhere is shown packets whose flow this engine does not have, before
+	// they count as the slow path's, and reports whether another worker has the
+	// flow and gets the packet; nil: there is none. pkt is a frame from the
+	// wire, or as InnerIn takes it, and is not used after the call.
+	Elsewhere func(dir packet.Direction, k *packet.Key, pkt []byte) bool
 }
 
 // EngineStats counts what an Engine did.
@@ -101,6 +106,8 @@ type Event struct {
 	Key     packet.Key
 	Dir     packet.Direction // SlowFrame
 	Frame   []byte           // SlowFrame: owned by the receiver
+	Flags   uint8            // SlowFrame: of TCP
+	Via     int              // SlowFrame: the worker that received it, see Engine.SetVia
 	Info    FlowInfo         // FlowEnded
 	Destroy bool             // FlowGone: the local socket may still be there and must not be left
 }
@@ -161,6 +168,7 @@ type Engine struct {
 	// reinjected is set while a frame is worked on that the slow path gave
 	// back: it must not go there a second time.
 	reinjected bool
+	via        int
 }
 
 // NewEngine makes an engine without flows.
@@ -179,7 +187,7 @@ func NewEngine(cfg EngineConfig) *Engine {
 		open: make([]crypto.OpenOp, 0, VectorSize), openMeta: make([]openMeta, 0, VectorSize),
 		seal: make([]crypto.SealOp, 0, VectorSize),
 		out:  make([]xdp.Desc, 0, 2*VectorSize), outMeta: make([]outMeta, 0, 2*VectorSize),
-		in: make([]InnerPacket, VectorSize), dirty: make([]*flow, 0, VectorSize),
+		in: make([]InnerPacket, VectorSize), dirty: make([]*flow, 0, VectorSize), via: -1,
 	}
 	for i := range e.in {
 		e.in[i].data = make([][]byte, 0, maxInnerPieces)
@@ -313,6 +321,13 @@ func (e *Engine) touch(f *flow) {
 	}
 }
 
+// SetVia names the worker that received the packets worked on from now on; -1:
+// this one.
+func (e *Engine) SetVia(worker int) { e.via = worker }
+
+// Has reports whether the engine has a flow, live or lingering.
+func (e *Engine) Has(k *packet.Key) bool { return e.tab.find(k) != nil }
+
 // Install takes over a flow from the slow path. The inner stack must not see
 // the end of its handshake before.
 func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
@@ -380,13 +395,16 @@ func (e *Engine) outerFrame(frame []byte, r ref, off uint32) {
 		}
 		return
 	}
+	f := e.tab.find(&s.Key)
+	if f == nil && e.elsewhere(packet.FromOuter, &s.Key, frame) {
+		return
+	}
 	if !s.ChecksumOK(e.cfg.Virtual) {
 		e.st.BadChecksum++
 		return
 	}
-	f := e.tab.find(&s.Key)
 	if f == nil {
-		e.toSlow(packet.FromOuter, s.Frame)
+		e.toSlow(packet.FromOuter, &s.Key, s.Flags, s.Frame)
 		return
 	}
 	e.st.OuterIn++
@@ -621,7 +639,7 @@ func (e *Engine) forget(f *flow, destroy bool) {
 func (e *Engine) outerLate(f *flow, s *packet.Segment) {
 	if s.Flags&(packet.SYN|packet.ACK) == packet.SYN {
 		e.forget(f, false)
-		e.toSlow(packet.FromOuter, s.Frame)
+		e.toSlow(packet.FromOuter, &s.Key, s.Flags, s.Frame)
 		return
 	}
 	if s.Flags&packet.RST != 0 {
@@ -659,7 +677,9 @@ func (e *Engine) InnerIn(buf []byte, now time.Duration) {
 	}
 	f := e.tab.find(&s.Key)
 	if f == nil {
-		e.cutToSlow(s, gs)
+		if !e.elsewhere(packet.FromInner, &s.Key, buf) {
+			e.cutToSlow(s, gs)
+		}
 		return
 	}
 	e.st.InnerIn++
@@ -708,14 +728,14 @@ func (e *Engine) innerSYN(f *flow, s *packet.Segment) {
 		return
 	}
 	e.forget(f, false)
-	e.toSlow(packet.FromInner, s.Frame)
+	e.toSlow(packet.FromInner, &s.Key, s.Flags, s.Frame)
 }
 
 // innerLate answers the local stack for a flow that has ended.
 func (e *Engine) innerLate(f *flow, s *packet.Segment) {
 	if s.Flags&packet.SYN != 0 {
 		e.forget(f, false)
-		e.toSlow(packet.FromInner, s.Frame)
+		e.toSlow(packet.FromInner, &s.Key, s.Flags, s.Frame)
 		return
 	}
 	if s.Flags&packet.RST != 0 {
@@ -882,21 +902,29 @@ func (e *Engine) Reinject(dir packet.Direction, frame []byte, now time.Duration)
 	e.reinjected = false
 }
 
-// toSlow gives the slow path a frame of a flow that is not ours.
-func (e *Engine) toSlow(dir packet.Direction, frame []byte) {
+// elsewhere reports whether a packet of an unknown flow went to another worker.
+func (e *Engine) elsewhere(dir packet.Direction, k *packet.Key, pkt []byte) bool {
+	return e.cfg.Elsewhere != nil && !e.reinjected && e.cfg.Elsewhere(dir, k, pkt)
+}
+
+// toSlow gives the slow path a frame that concerns a flow which is not ours, with
+// the TCP flags of a segment.
+func (e *Engine) toSlow(dir packet.Direction, k *packet.Key, flags uint8, frame []byte) {
 	if e.reinjected {
 		e.st.Unknown++
 		return
 	}
 	e.st.ToSlow++
-	e.events = append(e.events, Event{Kind: SlowFrame, Dir: dir, Frame: append([]byte(nil), frame...)})
+	e.events = append(e.events, Event{
+		Kind: SlowFrame, Key: *k, Dir: dir, Frame: append([]byte(nil), frame...), Flags: flags, Via: e.via,
+	})
 }
 
 // cutToSlow does the same with an inner packet, cut to segments.
 func (e *Engine) cutToSlow(s *packet.Segment, gs int) {
 	p := s.Payload()
 	if gs <= 0 || len(p) <= gs || e.reinjected {
-		e.toSlow(packet.FromInner, s.Frame)
+		e.toSlow(packet.FromInner, &s.Key, s.Flags, s.Frame)
 		return
 	}
 	for off := 0; off < len(p); off += gs {
@@ -912,7 +940,7 @@ func (e *Engine) cutToSlow(s *packet.Segment, gs int) {
 		}
 		f[s.L4+13] = fl
 		e.st.ToSlow++
-		e.events = append(e.events, Event{Kind: SlowFrame, Dir: packet.FromInner, Frame: f})
+		e.events = append(e.events, Event{Kind: SlowFrame, Key: s.Key, Dir: packet.FromInner, Frame: f, Flags: fl, Via: e.via})
 	}
 }
 

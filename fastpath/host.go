@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -32,6 +33,13 @@ const (
 	chunksQueue = 8192 // chunks per queue beside the common ones
 	chunksBase  = 16384
 
+	sysfs = "/sys"
+
+	// Bytes for retained frames and custody, of all workers together, and what
+	// one of many has at least.
+	memory    = 256 << 20
+	minMemory = 64 << 20
+
 	// How often the heartbeat is given, and how long after the last one the
 	// daemon counts as hung: so that the first retransmission of a SYN, a second
 	// after it, does not wait for the daemon any more.
@@ -40,16 +48,17 @@ const (
 )
 
 // Host is host mode (design section 3): one NIC, one TAP to the local kernel,
-// the worker that translates between them, and the slow path beside it. All
-// exported methods may be called from any goroutine.
+// and the workers that translate between them, each with queues of both and a
+// slow path of its own. All exported methods may be called from any goroutine.
 type Host struct {
 	cfg   HostConfig
 	log   *slog.Logger
 	start time.Time
 	caps  xdp.Capabilities
 
-	umem     *xdp.Umem
-	socks    []*xdp.Socket
+	place    *placement
+	umems    []*xdp.Umem // of each worker
+	ports    [][]port
 	tap      *xdp.TAP
 	diverter *xdp.Diverter
 	guard    *xdp.Guard
@@ -59,12 +68,14 @@ type Host struct {
 
 	restoreQueues func() error // nil: nothing to put back
 
-	worker *worker
-	slow   *slowSide       // the worker's
-	pulse  uint64          // the worker's, when watch last looked
-	cache  *slowpath.Cache // nil: nothing is resumed
-	pool   *agreement
-	policy xdp.Policy
+	workers []*worker
+	owners  *owners         // nil: there is one worker
+	pulses  []uint64        // of each worker, when watch last looked
+	cache   *slowpath.Cache // nil: nothing is resumed
+	limiter *slowpath.Limiter
+	pool    *agreement
+	policy  xdp.Policy
+	release func() // lets the process's threads run anywhere again
 
 	link      chan error // the device is down or gone
 	stopLink  func()
@@ -110,32 +121,23 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	if err != nil {
 		return nil, err
 	}
+	allowed, err := allowedCPUs()
+	if err != nil {
+		return nil, err
+	}
+	h.place, err = place(&h.cfg, len(queues), readCPUs(sysfs, allowed), deviceNode(sysfs, cfg.Interface))
+	if err != nil {
+		return nil, err
+	}
+	if len(h.place.cpus) > 1 {
+		h.owners = newOwners()
+	}
 	if err = h.openPorts(want, queues); err != nil {
 		return nil, err
 	}
-	h.slow = newSlowSide(h)
-	h.pool = newAgreement(1)
-	eng := NewEngine(EngineConfig{
-		Umem: h.umem, Virtual: h.caps.Virtual,
-		RekeyBytes: cfg.RekeyBytes, RekeyFrames: cfg.RekeyFrames, RekeyEvery: cfg.RekeyEvery, TCPKeepalive: cfg.TCPKeepalive,
-	})
-	cpu := -1
-	if len(cfg.CPUs) > 0 {
-		cpu = cfg.CPUs[0]
-	}
-	if h.worker, err = newWorker(0, cpu, eng, h.umem, h.socks, h.tap.Queue(0), h.slow, h.start); err != nil {
+	if err = h.startWorkers(); err != nil {
 		return nil, err
 	}
-	for i := range h.queues {
-		h.queues[i].CPU = cpu
-		h.queues[i].Checksum = "software"
-		if h.worker.offload {
-			h.queues[i].Checksum = "offload"
-		}
-	}
-	h.worker.reclaim()
-	// Only now may packets come: the rings are filled and both sides run.
-	go h.worker.run()
 	if err = errors.Join(h.diverter.Beat(), h.diverter.Enable(true)); err != nil {
 		h.stopThreads()
 		return nil, err
@@ -151,6 +153,67 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	}
 	go h.watch()
 	return h, nil
+}
+
+// startWorkers makes the workers and starts their threads. On error none runs.
+func (h *Host) startWorkers() (err error) {
+	n := len(h.place.cpus)
+	h.limiter = slowpath.NewLimiter()
+	h.pool = newAgreement(n)
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, w := range h.workers {
+			_ = unix.Close(w.wakeFD)
+		}
+		h.pool.close()
+	}()
+	// Workers that never rest must not keep the rest of the process from running.
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), n+1))
+	for i := range n {
+		eng := NewEngine(EngineConfig{
+			Umem: h.umems[i], Virtual: h.caps.Virtual, Memory: max(memory/n, minMemory),
+			RekeyBytes: h.cfg.RekeyBytes, RekeyFrames: h.cfg.RekeyFrames, RekeyEvery: h.cfg.RekeyEvery, TCPKeepalive: h.cfg.TCPKeepalive,
+		})
+		w, err := newWorker(workerConfig{
+			id: i, cpu: h.place.cpus[i], own: h.place.own[i], poll: h.cfg.Poll, drive: h.cfg.BusyPoll, start: h.start,
+			eng: eng, umem: h.umems[i], ports: h.ports[i], tap: h.tap.Queue(i), slow: newSlowSide(h, h.place.own[i]), owners: h.owners,
+		})
+		if err != nil {
+			return err
+		}
+		h.workers = append(h.workers, w)
+	}
+	for i := range h.queues {
+		q := &h.queues[i]
+		q.CPU, q.Checksum = h.place.cpus[q.Worker], "software"
+		if h.workers[q.Worker].offload {
+			q.Checksum = "offload"
+		}
+	}
+	h.pulses = make([]uint64, n)
+	// Only now may packets come: the rings are filled and both sides run.
+	for _, w := range h.workers {
+		w.peers = h.workers
+		w.reclaim()
+	}
+	tids := make(map[int]bool)
+	for _, w := range h.workers {
+		go w.run()
+		select {
+		case tid := <-w.tid:
+			tids[tid] = true
+		case <-w.done:
+			err := w.err
+			h.stopThreads()
+			return err
+		}
+	}
+	if len(h.place.others) > 0 {
+		h.release = confine(h.place.others, tids)
+	}
+	return nil
 }
 
 // pickQueues decides which NIC queues to bind. To leave one out would send its
@@ -204,11 +267,16 @@ func (h *Host) openPorts(want xdp.Mode, queues []int) error {
 		chunk = largeChunk
 	}
 	var err error
-	h.umem, err = xdp.NewUmem(xdp.UmemConfig{Chunks: chunksBase + chunksQueue*len(queues), ChunkSize: chunk, TXMetadata: true})
-	if err != nil {
-		return err
+	n := len(h.place.cpus)
+	for i := range n {
+		own := (len(queues) - i + n - 1) / n
+		u, err := xdp.NewUmem(xdp.UmemConfig{Chunks: chunksBase + chunksQueue*own, ChunkSize: chunk, TXMetadata: true})
+		if err != nil {
+			return err
+		}
+		h.umems = append(h.umems, u)
 	}
-	h.tap, err = xdp.OpenTAP(xdp.TAPConfig{Queues: 1, MTU: h.caps.MTU})
+	h.tap, err = xdp.OpenTAP(xdp.TAPConfig{Queues: n, MTU: h.caps.MTU})
 	if err != nil {
 		return err
 	}
@@ -234,6 +302,11 @@ func (h *Host) openPorts(want xdp.Mode, queues []int) error {
 	if err != nil {
 		return fmt.Errorf("bind %s: %s", h.cfg.Interface, refused)
 	}
+	if n > 1 {
+		if err := h.tap.SetSteering(h.diverter.SteeringProgram()); err != nil {
+			return err
+		}
+	}
 	h.guard, err = h.openGuard()
 	return err
 }
@@ -252,20 +325,22 @@ func (h *Host) bindQueues(m xdp.Mode, queues []int, chunk int) (err error) {
 	if err != nil {
 		return err
 	}
-	for _, q := range queues {
-		s, err := xdp.NewSocket(h.umem, xdp.SocketConfig{
+	h.ports = make([][]port, len(h.umems))
+	for i, q := range queues {
+		w := i % len(h.umems)
+		s, err := xdp.NewSocket(h.umems[w], xdp.SocketConfig{
 			Ifindex: h.caps.Ifindex, Queue: q, Mode: m,
 			FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize, Reserve: txReserve,
-			MultiBuffer: h.multiBuffer(m, chunk),
+			MultiBuffer: h.multiBuffer(m, chunk), BusyPoll: h.cfg.BusyPoll,
 		})
 		if err != nil {
 			return fmt.Errorf("queue %d: %w", q, err)
 		}
-		h.socks = append(h.socks, s)
+		h.ports[w] = append(h.ports[w], port{queue: q, sock: s})
 		if err := h.diverter.RegisterSocket(q, s); err != nil {
 			return err
 		}
-		h.queues = append(h.queues, QueueStatus{Queue: q, Mode: s.Mode().String(), CPU: -1})
+		h.queues = append(h.queues, QueueStatus{Queue: q, Worker: w, Mode: s.Mode().String(), CPU: -1})
 	}
 	return nil
 }
@@ -277,14 +352,22 @@ func (h *Host) multiBuffer(m xdp.Mode, chunk int) bool {
 }
 
 func (h *Host) unbind() {
-	for _, s := range h.socks {
-		_ = s.Close()
-	}
-	h.socks, h.queues = nil, nil
+	_ = h.closePorts()
 	if h.diverter != nil {
 		_ = h.diverter.Close()
 		h.diverter = nil
 	}
+}
+
+func (h *Host) closePorts() error {
+	var errs []error
+	for _, ps := range h.ports {
+		for i := range ps {
+			errs = append(errs, ps[i].sock.Close())
+		}
+	}
+	h.ports, h.queues = nil, nil
+	return errors.Join(errs...)
 }
 
 // openGuard takes over the guard that a killed daemon left, or makes one, and
@@ -337,6 +420,13 @@ func (h *Host) watch() {
 	defer close(h.done)
 	beat := time.NewTicker(beatEvery)
 	defer beat.Stop()
+	ended := make(chan *worker, len(h.workers))
+	for _, w := range h.workers {
+		go func() {
+			<-w.done
+			ended <- w
+		}()
+	}
 	for {
 		select {
 		case err := <-h.link:
@@ -351,8 +441,8 @@ func (h *Host) watch() {
 				h.cache.Expire(time.Since(h.start))
 			}
 			continue
-		case <-h.worker.done:
-			h.err = h.worker.err
+		case w := <-ended:
+			h.err = w.err
 		}
 		return
 	}
@@ -363,7 +453,7 @@ func (h *Host) watch() {
 func (h *Host) restored() {
 	h.log.Warn("this virtual machine was cloned or restored: encrypted connections end, sessions are erased")
 	h.CacheFlush(netip.Addr{})
-	h.worker.call(func(w *worker) {
+	h.each(func(w *worker) {
 		now := w.now()
 		w.slow.carryOut(w.slow.m.AbortAll(ReasonRestored, now), now)
 		w.eng.AbortAll(ReasonRestored, now)
@@ -372,14 +462,25 @@ func (h *Host) restored() {
 	h.CacheFlush(netip.Addr{})
 }
 
-// beat tells the BPF programs that the daemon works, as long as the worker's
-// rounds go on. Without it they take it for hung, and divert no more SYNs.
+// each runs fn on the thread of every worker, one after the other.
+func (h *Host) each(fn func(*worker)) {
+	for _, w := range h.workers {
+		w.call(fn)
+	}
+}
+
+// beat tells the BPF programs that the daemon works, as long as the rounds of
+// all workers go on. Without it they take it for hung, and divert no more SYNs.
 func (h *Host) beat() {
-	n := h.worker.pulse.Load()
-	if n == h.pulse && !h.worker.asleep.Load() {
+	hung := false
+	for i, w := range h.workers {
+		n := w.pulse.Load()
+		hung = hung || n == h.pulses[i] && !w.asleep.Load()
+		h.pulses[i] = n
+	}
+	if hung {
 		return
 	}
-	h.pulse = n
 	if err := h.diverter.Beat(); err != nil {
 		h.log.Warn("heartbeat", "err", err)
 	}
@@ -418,7 +519,7 @@ func (h *Host) Drain(ctx context.Context) {
 		}
 		break
 	}
-	h.worker.call(func(w *worker) {
+	h.each(func(w *worker) {
 		now := w.now()
 		w.slow.carryOut(w.slow.m.AbortAgreed(ReasonShutdown, now), now)
 		w.eng.AbortAll(ReasonShutdown, now)
@@ -428,9 +529,10 @@ func (h *Host) Drain(ctx context.Context) {
 }
 
 func (h *Host) counts() (live, half int) {
-	h.worker.call(func(w *worker) {
-		live, _ = w.eng.Flows()
-		half = w.slow.m.Len()
+	h.each(func(w *worker) {
+		n, _ := w.eng.Flows()
+		live += n
+		half += w.slow.m.Len()
 	})
 	return live, half
 }
@@ -442,7 +544,9 @@ func (h *Host) Close() error {
 		h.Drain(expired())
 		h.stopThreads()
 		<-h.done
-		h.slow.finish()
+		for _, w := range h.workers {
+			w.slow.finish()
+		}
 		h.closeErr = h.detach()
 	})
 	return h.closeErr
@@ -455,11 +559,20 @@ func expired() context.Context {
 }
 
 func (h *Host) stopThreads() {
-	h.worker.stop.Store(true)
-	h.worker.wake()
-	<-h.worker.done
+	for _, w := range h.workers {
+		w.stop.Store(true)
+		w.wake()
+	}
+	for _, w := range h.workers {
+		<-w.done
+	}
 	h.pool.close()
-	_ = unix.Close(h.worker.wakeFD)
+	for _, w := range h.workers {
+		_ = unix.Close(w.wakeFD)
+	}
+	if h.release != nil {
+		h.release()
+	}
 }
 
 func (h *Host) detach() error {
@@ -473,9 +586,7 @@ func (h *Host) detach() error {
 	if h.diverter != nil {
 		errs = append(errs, h.diverter.Close())
 	}
-	for _, s := range h.socks {
-		errs = append(errs, s.Close())
-	}
+	errs = append(errs, h.closePorts())
 	if h.restoreQueues != nil {
 		errs = append(errs, h.restoreQueues())
 	}
@@ -489,24 +600,41 @@ func (h *Host) detach() error {
 	default:
 		errs = append(errs, h.guard.Remove())
 	}
-	if h.umem != nil {
-		errs = append(errs, h.umem.Close())
+	for _, u := range h.umems {
+		errs = append(errs, u.Close())
 	}
 	return errors.Join(errs...)
 }
 
 // Status describes the daemon.
 func (h *Host) Status() Status {
-	live, half := h.counts()
-	g := "active"
-	if h.guard == nil {
-		g = "missing"
-	}
-	return Status{
+	st := Status{
 		Interface: h.cfg.Interface, Driver: h.caps.Driver, MTU: h.caps.MTU, Inner: h.tap.Name(), Mode: h.mode.String(),
-		Queues: h.queues, Guard: g, Engine: crypto.EngineName(), PID: os.Getpid(), Uptime: time.Since(h.start).Seconds(),
-		Draining: h.draining.Load(), Flows: live, HalfOpen: half, Ended: h.ended,
+		Queues: slices.Clone(h.queues), Guard: "active", Engine: crypto.EngineName(), PID: os.Getpid(), Uptime: time.Since(h.start).Seconds(),
+		Draining: h.draining.Load(), Ended: h.ended, Poll: h.cfg.Poll.String(),
 	}
+	if h.guard == nil {
+		st.Guard = "missing"
+	}
+	handed := make(map[int]uint64) // by queue
+	h.each(func(w *worker) {
+		live, _ := w.eng.Flows()
+		ws := WorkerStatus{
+			Worker: w.id, CPU: w.cpu, Flows: live, HalfOpen: w.slow.m.Len(),
+			HandedOver: w.st.handedOuter + w.st.handedInner, Received: w.st.handedIn,
+		}
+		for i := range w.ports {
+			ws.Queues = append(ws.Queues, w.ports[i].queue)
+			handed[w.ports[i].queue] = w.ports[i].handed
+		}
+		st.Workers = append(st.Workers, ws)
+		st.Flows += ws.Flows
+		st.HalfOpen += ws.HalfOpen
+	})
+	for i := range st.Queues {
+		st.Queues[i].HandedOver = handed[st.Queues[i].Queue]
+	}
+	return st
 }
 
 // Flows lists the flows that are being opened, the encrypted ones, and those
@@ -514,12 +642,13 @@ func (h *Host) Status() Status {
 func (h *Host) Flows() []FlowInfo {
 	var fs []FlowInfo
 	var others []FlowInfo
-	h.worker.call(func(w *worker) {
+	h.each(func(w *worker) {
+		n := len(fs)
 		fs = w.eng.Snapshot(fs)
-		for i := range fs {
-			fs[i].Worker = w.id
+		for i := range fs[n:] {
+			fs[n+i].Worker = w.id
 		}
-		others = w.slow.describe(w.now())
+		others = append(others, w.slow.describe(w.now())...)
 	})
 	seen := make(map[[2]string]bool, len(fs))
 	for i := range fs {
@@ -555,14 +684,14 @@ func (h *Host) CacheFlush(peer netip.Addr) int {
 // flow that has a rekeying under way is left alone. It fails with ErrNoFlow.
 func (h *Host) Rekey(local, remote netip.AddrPort) (n int, err error) {
 	if local == remote {
-		h.worker.call(func(w *worker) { n = w.eng.Rekey(nil, w.now()) })
+		h.each(func(w *worker) { n += w.eng.Rekey(nil, w.now()) })
 		return n, nil
 	}
 	if _, err := h.Session(local, remote); err != nil {
 		return 0, err
 	}
 	k := packet.KeyOf(local, remote)
-	h.worker.call(func(w *worker) { n = w.eng.Rekey(&k, w.now()) })
+	h.each(func(w *worker) { n += w.eng.Rekey(&k, w.now()) })
 	return n, nil
 }
 
@@ -585,32 +714,27 @@ func (h *Host) Session(local, remote netip.AddrPort) (FlowInfo, error) {
 // Stats returns the counters of all parts.
 func (h *Host) Stats() Stats {
 	c := make(map[string]uint64)
-	var st EngineStats
-	var ws workerStats
-	var rings []xdp.Statistics
 	out := Stats{Counters: c, Reasons: make(map[string]uint64)}
-	h.worker.call(func(w *worker) {
-		st, ws = w.eng.Stats(), w.st
+	h.each(func(w *worker) {
+		st := w.eng.Stats()
+		st.add(c)
+		w.st.add(c)
 		for k, v := range w.slow.m.Counters() {
-			c["slowpath_"+k] = v
+			c["slowpath_"+k] += v
 		}
-		c["slow_path_shed"] = w.slow.shed
-		c["stale_syns"] = w.slow.stale
+		c["slow_path_shed"] += w.slow.shed
+		c["stale_syns"] += w.slow.stale
+		c["half_open_moved"] += w.slow.moved
 		for k, v := range w.slow.reasons {
-			out.Reasons[k] = v
+			out.Reasons[k] += v
 		}
-		c["umem_free_chunks"] = uint64(w.umem.Available())
-		for _, s := range w.socks {
-			if x, err := s.Statistics(); err == nil {
-				rings = append(rings, x)
+		c["umem_free_chunks"] += uint64(w.umem.Available())
+		for i := range w.ports {
+			if x, err := w.ports[i].sock.Statistics(); err == nil {
+				addRing(c, &x)
 			}
 		}
 	})
-	st.add(c)
-	ws.add(c)
-	for i := range rings {
-		addRing(c, &rings[i])
-	}
 	if d, err := h.diverter.Counters(); err == nil {
 		for k, v := range d {
 			c["bpf_"+k] = v
@@ -660,4 +784,8 @@ func (s *workerStats) add(c map[string]uint64) {
 	c["tap_errors"] += s.tapErrors
 	c["multi_buffer_packets"] += s.multiBuffer
 	c["worker_stalls"] += s.stalls
+	c["handed_over_outer"] += s.handedOuter
+	c["handed_over_inner"] += s.handedInner
+	c["handed_over_received"] += s.handedIn
+	c["handed_over_dropped"] += s.handoverFull
 }

@@ -25,7 +25,9 @@ func (e *Engine) outerICMP(frame []byte) bool {
 	e.st.ICMPIn++
 	f := e.tab.find(&c.Key)
 	if f == nil {
-		e.toSlow(packet.FromOuter, c.Frame)
+		if !e.elsewhere(packet.FromOuter, &c.Key, frame) {
+			e.toSlow(packet.FromOuter, &c.Key, 0, c.Frame)
+		}
 		return true
 	}
 	o := offOf(f.iss, c.Seq, f.unaO)

@@ -24,15 +24,19 @@ type slowSide struct {
 	waiting []Event // in order
 	shed    uint64  // frames dropped because too many were waiting
 	stale   uint64  // SYNs dropped because they may have become plain connections
+	moved   uint64  // half-open flows given to other workers
 
 	recent  []recentFlow // oldest first
 	reasons map[string]uint64
 	guarded map[packet.Key]bool
+	gone    []packet.Key // that the machine has forgotten, see settle
 }
 
 const (
 	maxWaiting = 8192 // events that wait for the slow path
 	slowVector = 64   // events handled in one round: a flood of SYNs must not starve encrypted flows
+
+	minHalfOpen = 1024 // half-open flows of one worker, at least
 )
 
 type recentFlow struct {
@@ -40,15 +44,20 @@ type recentFlow struct {
 	info FlowInfo
 }
 
-func newSlowSide(h *Host) *slowSide {
-	return &slowSide{
-		h: h,
-		m: slowpath.New(slowpath.Config{
-			TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Policy: h.cfg.policy(), MTU: h.caps.MTU,
-			Cache: h.cache, ResumeNonce: h.cfg.ResumeNonce, Offload: offloads(len(h.cfg.CPUs) > 0),
-		}, rand.Reader),
-		reasons: make(map[string]uint64), guarded: make(map[packet.Key]bool),
+// newSlowSide makes the slow path of one of h's workers. With own, that worker
+// has a CPU of its own.
+func newSlowSide(h *Host, own bool) *slowSide {
+	s := &slowSide{h: h, reasons: make(map[string]uint64), guarded: make(map[packet.Key]bool)}
+	cfg := slowpath.Config{
+		TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Policy: h.cfg.policy(), MTU: h.caps.MTU,
+		Cache: h.cache, ResumeNonce: h.cfg.ResumeNonce, Offload: offloads(own), Limiter: h.limiter,
+		MaxHalfOpen: max(slowpath.DefaultMaxHalfOpen/len(h.place.cpus), minHalfOpen),
 	}
+	if h.owners != nil {
+		cfg.Forgotten = func(k packet.Key) { s.gone = append(s.gone, k) }
+	}
+	s.m = slowpath.New(cfg, rand.Reader)
+	return s
 }
 
 // stalled tells that the worker did not run for the given time.
@@ -63,8 +72,7 @@ func (s *slowSide) stalled(gap time.Duration) {
 // came before the worker stalled. Since then a copy of it may have made a plain
 // connection, which must not be taken for a new one.
 func (s *slowSide) outOfDate(ev *Event) bool {
-	var seg packet.Segment
-	return packet.Parse(ev.Frame, ev.Dir, &seg) == nil && seg.Flags&(packet.SYN|packet.ACK) == packet.SYN && !s.m.Opens(seg.Key)
+	return ev.Flags&(packet.SYN|packet.ACK) == packet.SYN && !s.m.Opens(ev.Key)
 }
 
 // take queues the engine's events. Frames beyond the bound are shed, which
@@ -96,7 +104,83 @@ func (s *slowSide) round(now time.Duration) bool {
 		s.handle(&s.waiting[i], now)
 	}
 	s.waiting = s.waiting[:copy(s.waiting, s.waiting[n:])]
+	for i := range s.gone {
+		s.settle(&s.gone[i])
+	}
+	s.gone = s.gone[:0]
 	return due || n > 0
+}
+
+// ours reports whether the frame of an event is for this worker. A SYN makes the
+// worker that has it the owner of its flow; a frame of another one's flow goes
+// there, and with the answer to an active open the flow comes to the worker that
+// received it: further packets of the peer will arrive there, too.
+func (s *slowSide) ours(ev *Event) bool {
+	w, o := s.w, s.h.owners
+	if o == nil {
+		return true
+	}
+	var owner int
+	if ev.Flags&(packet.SYN|packet.ACK) == packet.SYN {
+		owner = o.claim(&ev.Key, w.id)
+	} else {
+		owner = o.owner(&ev.Key)
+	}
+	if owner >= 0 && owner != w.id {
+		pkt := ev.Frame
+		if ev.Dir == packet.FromInner {
+			pkt = append(make([]byte, xdp.VnetHdrLen), pkt...)
+		}
+		w.handOver(owner, ev.Dir, pkt)
+		return false
+	}
+	if ev.Via < 0 || ev.Dir != packet.FromOuter || ev.Flags&packet.SYN == 0 || ev.Flags&packet.ACK == 0 {
+		return true
+	}
+	return !s.giveTo(w.peers[ev.Via], ev)
+}
+
+// giveTo moves a half-open flow to another worker together with the peer's
+// answer, if that is the first one.
+func (s *slowSide) giveTo(to *worker, ev *Event) bool {
+	moved := s.m.Detach(ev.Key)
+	if moved == nil {
+		return false
+	}
+	// The flow is posted before anything of it is sent there: see collect.
+	s.h.owners.move(&ev.Key, to.id)
+	frame, key := ev.Frame, ev.Key
+	adopt := func(w *worker) {
+		now := w.now()
+		if !w.slow.m.Adopt(moved, now) {
+			return
+		}
+		w.slow.divert(key)
+		w.slow.carryOut(w.slow.m.Input(packet.FromOuter, frame, now), now)
+	}
+	if !to.tryPost(adopt) {
+		s.h.owners.move(&ev.Key, s.w.id)
+		s.m.Adopt(moved, s.w.now())
+		return false
+	}
+	s.moved++
+	return true
+}
+
+// settle gives up the ownership of a flow that this worker has nothing of any
+// more.
+func (s *slowSide) settle(k *packet.Key) {
+	if o := s.h.owners; o != nil && !s.m.Knows(*k) && !s.w.eng.Has(k) {
+		o.release(k, s.w.id)
+	}
+}
+
+// divert lists a flow in the diversion map, and steers its packets from the
+// local stack to this worker.
+func (s *slowSide) divert(k packet.Key) {
+	if err := s.h.diverter.InsertSteered(k.Bytes(), s.w.id); err != nil {
+		s.h.log.Warn("flow cannot be diverted", "flow", k.String(), "err", err)
+	}
 }
 
 // finish handles what was left when the worker had stopped, so that no ended
@@ -112,7 +196,10 @@ func (s *slowSide) finish() {
 func (s *slowSide) handle(ev *Event, now time.Duration) {
 	switch ev.Kind {
 	case SlowFrame:
-		s.carryOut(s.m.Input(ev.Dir, ev.Frame, now), now)
+		if s.ours(ev) {
+			s.carryOut(s.m.Input(ev.Dir, ev.Frame, now), now)
+			s.settle(&ev.Key)
+		}
 	case FlowEnded:
 		s.reasons[ev.Info.Reason]++
 		if ev.Info.State == slowpath.StateFailed {
@@ -122,6 +209,7 @@ func (s *slowSide) handle(ev *Event, now time.Duration) {
 		s.m.Gone(ev.Key)
 		s.unguard(ev.Key, ev.Destroy)
 		s.undivert(ev.Key)
+		s.settle(&ev.Key)
 	}
 }
 
@@ -136,9 +224,7 @@ func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 		case slowpath.SendInner:
 			eng.SendInner(a.Frame, now)
 		case slowpath.Divert:
-			if err := s.h.diverter.Insert(a.Key.Bytes()); err != nil {
-				s.h.log.Warn("flow cannot be diverted", "flow", a.Key.String(), "err", err)
-			}
+			s.divert(a.Key)
 		case slowpath.Undivert:
 			s.w.transmit()
 			if s.guarded[a.Key] {

@@ -3,6 +3,7 @@ package fastpath
 import (
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -29,18 +30,75 @@ const (
 	stallAfter = 450 * time.Millisecond
 )
 
-// worker owns one engine, its UMEM and its ports, and the slow path of their
-// flows. It runs on one OS thread.
-type worker struct {
+// Poll is what a worker without work does.
+type Poll uint8
+
+const (
+	// PollHybrid looks on a little, then sleeps until there is work.
+	PollHybrid Poll = iota
+	// PollBusy never sleeps.
+	PollBusy
+	// PollSleep sleeps at once.
+	PollSleep
+)
+
+// PollNames are the names of the Poll values, in their order.
+var PollNames = []string{"hybrid", "busy", "sleep"}
+
+// String returns the name.
+func (p Poll) String() string {
+	if int(p) < len(PollNames) {
+		return PollNames[p]
+	}
+	return fmt.Sprintf("Poll(%d)", uint8(p))
+}
+
+// spin returns how long a worker looks on.
+func (p Poll) spin() time.Duration {
+	switch p {
+	case PollBusy:
+		return math.MaxInt64
+	case PollSleep:
+		return 0
+	}
+	return spinFor
+}
+
+// workerConfig says what a worker is made of.
+type workerConfig struct {
 	id    int
-	cpu   int // -1: not pinned
+	cpu   int  // -1: not pinned
+	own   bool // nothing else runs on that CPU
+	poll  Poll
+	drive bool // the sockets are to be polled by system calls
 	start time.Time
 	eng   *Engine
 	umem  *xdp.Umem
-	socks []*xdp.Socket
+	ports []port
 	tap   *xdp.TAPQueue
+	slow  *slowSide
 
-	slow *slowSide
+	peers  []*worker // all workers of the host by their numbers; nil: there is one
+	owners *owners   // nil: there is one worker
+}
+
+// port is one queue of the NIC.
+type port struct {
+	queue  int
+	sock   *xdp.Socket
+	handed uint64 // packets that went on to other workers
+	multi  []byte // a packet of several buffers, as far as it was received
+}
+
+// worker owns one engine, its UMEM and its ports, and the slow path of their
+// flows. It runs on one OS thread.
+type worker struct {
+	workerConfig
+	mail      mailbox
+	delivered delivery
+	pushed    uint64 // bit i: something was handed over to worker i and not published
+	port      int    // that the worker receives from
+	tid       chan int
 
 	calls  chan func(*worker) // what other goroutines ask for, run on the worker's thread
 	wakeFD int
@@ -54,7 +112,6 @@ type worker struct {
 	request func(d *xdp.Desc, start, offset uint16)
 	descs   []xdp.Desc
 	bufs    [tapReads][]byte
-	multi   []byte // a packet of several buffers, as far as it was received
 	pfds    []unix.PollFd
 
 	looked  time.Duration // when the ports were looked at
@@ -66,30 +123,36 @@ type worker struct {
 
 type workerStats struct {
 	rounds, sleeps, txFull, tapErrors, multiBuffer, stalls uint64
+	// Packets handed over to other workers and from them, and those lost for
+	// want of room.
+	handedOuter, handedInner, handedIn, handoverFull uint64
 }
 
-func newWorker(id, cpu int, eng *Engine, u *xdp.Umem, socks []*xdp.Socket, tap *xdp.TAPQueue, slow *slowSide, start time.Time) (*worker, error) {
+func newWorker(c workerConfig) (*worker, error) {
 	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	w := &worker{
-		id: id, cpu: cpu, start: start, eng: eng, umem: u, socks: socks, tap: tap, slow: slow,
+		workerConfig: c, tid: make(chan int, 1),
 		calls: make(chan func(*worker), 1024), wakeFD: fd, done: make(chan struct{}),
 		descs: make([]xdp.Desc, VectorSize),
 	}
 	for i := range w.bufs {
 		w.bufs[i] = make([]byte, tapBufSize)
 	}
-	for _, s := range socks {
-		w.pfds = append(w.pfds, unix.PollFd{Fd: int32(s.FD()), Events: unix.POLLIN})
+	for i := range w.ports {
+		w.pfds = append(w.pfds, unix.PollFd{Fd: int32(w.ports[i].sock.FD()), Events: unix.POLLIN})
 	}
-	w.pfds = append(w.pfds, unix.PollFd{Fd: int32(tap.FD()), Events: unix.POLLIN}, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
-	slow.w = w
-	eng.cfg.Drain = w.transmit
-	w.offload = socks[0].ChecksumOffload()
+	w.pfds = append(w.pfds, unix.PollFd{Fd: int32(w.tap.FD()), Events: unix.POLLIN}, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+	w.slow.w = w
+	w.eng.cfg.Drain = w.transmit
+	if w.owners != nil {
+		w.eng.cfg.Elsewhere = w.elsewhere
+	}
+	w.offload = w.ports[0].sock.ChecksumOffload()
 	if w.offload {
-		w.request = socks[0].RequestChecksum
+		w.request = w.ports[0].sock.RequestChecksum
 	}
 	return w, nil
 }
@@ -103,6 +166,18 @@ func (w *worker) post(fn func(*worker)) {
 	case w.calls <- fn:
 		w.wake()
 	case <-w.done:
+	}
+}
+
+// tryPost is post that does not wait for room: it reports whether there was any.
+// Workers post to each other in this way only.
+func (w *worker) tryPost(fn func(*worker)) bool {
+	select {
+	case w.calls <- fn:
+		w.wake()
+		return true
+	default:
+		return false
 	}
 }
 
@@ -133,14 +208,16 @@ func (w *worker) call(fn func(*worker)) bool {
 //
 //	1 outerVector   receive descriptors from the NIC queues, translate inward
 //	2 innerVector   read super-segments from the TAP, translate outward
-//	3 requests      what the control side and the agreement pool ask for
-//	4 timers        due timers of flows
-//	5 slow.round    SYNs, Init messages and ended flows
-//	6 transmit      checksums, TX ring, TAP writes
-//	7 reclaim       completions to the pool, pool to the fill rings
-//	8 rest          work ahead, look on a little, sleep until something is due
+//	3 requests      what other workers, the control side and the agreement pool ask for
+//	4 handedOver    packets that reached another worker
+//	5 timers        due timers of flows
+//	6 slow.round    SYNs, Init messages and ended flows
+//	7 transmit      checksums, TX ring, TAP writes
+//	8 publish       packets that belong to another worker
+//	9 reclaim       completions to the pool, pool to the fill rings
+//	  rest          work ahead, look on a little, sleep until something is due
 //
-// Inside 1 and 2 the engine parses, looks up, groups by flow, claims, and runs
+// Inside 1, 2 and 4 the engine parses, looks up, groups by flow, claims, and runs
 // the cryptography of the whole vector at once.
 func (w *worker) run() {
 	defer close(w.done)
@@ -153,20 +230,25 @@ func (w *worker) run() {
 			return
 		}
 	}
+	w.tid <- unix.Gettid()
 	var idleSince time.Duration
 	w.looked = w.now()
+	spin := w.poll.spin()
 	w.reclaim()
 	for !w.stop.Load() {
 		w.st.rounds++
 		w.notice()
 		w.pulse.Add(1)
+		w.collect()
 		n := w.outerVector()
 		n += w.innerVector()
 		n += w.requests()
+		n += w.handedOver()
 		w.timers()
 		busy := w.slow.round(w.now())
 		w.stalled = w.stalled && w.more
 		w.transmit()
+		w.publish()
 		if w.err != nil {
 			return
 		}
@@ -179,9 +261,9 @@ func (w *worker) run() {
 		switch {
 		case w.slow.m.Ahead(now):
 			idleSince = 0
-		case idleSince == 0:
+		case idleSince == 0 && spin > 0:
 			idleSince = now
-		case now-idleSince > spinFor:
+		case now-idleSince > spin:
 			w.rest()
 			idleSince = 0
 		default:
@@ -207,24 +289,29 @@ func (w *worker) notice() {
 // yield gives the CPU to whoever else wants it: a worker that shares its CPU
 // may be waiting for that very thread.
 func (w *worker) yield() {
-	if w.cpu < 0 {
+	if !w.own {
 		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	}
 }
 
 func (w *worker) outerVector() int {
 	total := 0
-	for _, s := range w.socks {
-		n := s.Receive(w.descs)
+	for k := range w.ports {
+		p := &w.ports[k]
+		if w.drive {
+			p.sock.Drive()
+		}
+		n := p.sock.Receive(w.descs)
 		if n == 0 {
 			continue
 		}
+		w.port = k
 		total += n
 		w.more = w.more || n == len(w.descs)
 		v := w.descs[:n]
 		for i := range v {
-			if v[i].Options&xdp.OptionContinued != 0 || len(w.multi) > 0 {
-				v = w.linearize(v)
+			if v[i].Options&xdp.OptionContinued != 0 || len(p.multi) > 0 {
+				v = w.linearize(p, v)
 				break
 			}
 		}
@@ -234,24 +321,24 @@ func (w *worker) outerVector() int {
 }
 
 // linearize puts packets of several buffers together, which can straddle two
-// vectors, and returns the descriptors of the others. Such packets are larger
-// than a chunk; they come from senders that ignore the announced MSS.
-func (w *worker) linearize(v []xdp.Desc) []xdp.Desc {
+// vectors of a port, and returns the descriptors of the others. Such packets are
+// larger than a chunk; they come from senders that ignore the announced MSS.
+func (w *worker) linearize(p *port, v []xdp.Desc) []xdp.Desc {
 	keep := v[:0]
 	for _, d := range v {
 		more := d.Options&xdp.OptionContinued != 0
-		if !more && len(w.multi) == 0 {
+		if !more && len(p.multi) == 0 {
 			keep = append(keep, d)
 			continue
 		}
-		if len(w.multi) < tapBufSize {
-			w.multi = append(w.multi, w.umem.Bytes(d.Addr, int(d.Len))...)
+		if len(p.multi) < tapBufSize {
+			p.multi = append(p.multi, w.umem.Bytes(d.Addr, int(d.Len))...)
 		}
 		w.umem.Free(d.Addr)
 		if !more {
 			w.st.multiBuffer++
-			w.eng.OuterFrame(w.multi, w.now())
-			w.multi = w.multi[:0]
+			w.eng.OuterFrame(p.multi, w.now())
+			p.multi = p.multi[:0]
 		}
 	}
 	return keep
@@ -313,7 +400,7 @@ func (w *worker) transmit() {
 }
 
 func (w *worker) transmitOuter(out []xdp.Desc) {
-	s := w.socks[0]
+	s := w.ports[0].sock
 	for try := 0; len(out) > 0; try++ {
 		n := s.Transmit(out)
 		out = out[n:]
@@ -337,7 +424,8 @@ func (w *worker) transmitOuter(out []xdp.Desc) {
 }
 
 func (w *worker) reclaim() {
-	for _, s := range w.socks {
+	for i := range w.ports {
+		s := w.ports[i].sock
 		s.Complete()
 		s.Refill()
 	}
@@ -356,7 +444,7 @@ func (w *worker) rest() {
 	}
 	w.asleep.Store(true)
 	defer w.asleep.Store(false)
-	if len(w.calls) > 0 || w.stop.Load() {
+	if len(w.calls) > 0 || w.mail.pending.Load() != 0 || w.stop.Load() {
 		return
 	}
 	w.st.sleeps++
@@ -370,7 +458,7 @@ func (w *worker) rest() {
 		var b [8]byte
 		_, _ = unix.Read(w.wakeFD, b[:])
 	}
-	for _, p := range w.pfds[:len(w.socks)] {
+	for _, p := range w.pfds[:len(w.ports)] {
 		if p.Revents&(unix.POLLERR|unix.POLLHUP|unix.POLLNVAL) != 0 {
 			w.err = xdp.ErrDeviceGone
 			w.stop.Store(true)

@@ -140,4 +140,3 @@ func (p *peerMemory) has(k *packet.Key, now time.Duration) bool {
 	until, known := p.until[peer{k.Remote, k.RPort}]
 	return known && now < until
 }
-

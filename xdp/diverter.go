@@ -113,7 +113,7 @@ type Diverter struct {
 	ifindex    int
 	heartbeat  bool
 
-	flows flowMap
+	flows *flowMap
 }
 
 // attached are the XDP programs of this process's diverters, for OpenGuard.
@@ -326,8 +326,7 @@ func (d *Diverter) RegisterSocket(queue int, s *Socket) error {
 }
 
 // Insert diverts the connection from now on. What of it arrives on a queue
-// without socket is dropped. Insert and Delete may be called by one goroutine
-// at a time.
+// without socket is dropped. Any goroutine may call Insert and Delete.
 func (d *Diverter) Insert(key FlowKey) error { return d.flows.insert(key, 0) }
 
 // InsertSteered is Insert for a connection whose outgoing packets are to come

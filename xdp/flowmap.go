@@ -3,25 +3,30 @@ package xdp
 import (
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/cilium/ebpf"
 )
 
 // flowMap is an eBPF map of connections with the map of the address pairs that
-// have any, as both the diverter and the guard have it. One goroutine at a
-// time may use it.
+// have any, as both the diverter and the guard have it. Any goroutine
+// may use it.
 type flowMap struct {
 	flows, pairs *ebpf.Map
-	users        map[[32]byte]uint32 // connections of a pair
+
+	mu    sync.Mutex
+	users map[[32]byte]uint32 // connections of a pair
 }
 
-func newFlowMap(flows, pairs *ebpf.Map) flowMap {
-	return flowMap{flows: flows, pairs: pairs, users: make(map[[32]byte]uint32)}
+func newFlowMap(flows, pairs *ebpf.Map) *flowMap {
+	return &flowMap{flows: flows, pairs: pairs, users: make(map[[32]byte]uint32)}
 }
 
 // insert lists a connection or changes the value of a listed one. The pair
 // comes first: while the connection is listed, its fragments are dropped.
 func (m *flowMap) insert(key FlowKey, value uint32) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	err := m.flows.Update(key, value, ebpf.UpdateExist)
 	if err == nil {
 		return nil
@@ -44,6 +49,8 @@ func (m *flowMap) insert(key FlowKey, value uint32) error {
 
 // delete unlists a connection; that it is not listed is no error.
 func (m *flowMap) delete(key FlowKey) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	err := m.flows.Delete(key)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return nil

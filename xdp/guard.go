@@ -56,14 +56,15 @@ var guardHooks = [...]struct {
 // In the same way it refuses new connections that its policy requires to be
 // encrypted and that nobody diverts, in both directions and at once.
 //
-// Methods other than Counters may be called by one goroutine at a time.
+// Any goroutine may call Counters, Insert and Delete; the other methods may be
+// called by one at a time.
 type Guard struct {
 	netlink    *netlink.Handle // of the namespace the guard was opened in
 	device     netlink.Link
 	collection *ebpf.Collection
 	handle     uint32
 	priority   uint16
-	flows      flowMap
+	flows      *flowMap
 }
 
 // OpenGuard installs the guard on an interface of the calling thread's network

@@ -72,6 +72,11 @@ type SocketConfig struct {
 	// there are chunks to transmit from.
 	Reserve int
 
+	// BusyPoll has the driver's queue processed by the system calls of the
+	// worker, which then must call Drive, instead of by interrupts
+	// (SO_PREFER_BUSY_POLL). It needs CAP_NET_ADMIN and Linux 5.11.
+	BusyPoll bool
+
 	// BindTimeout is how long a busy queue is tried again; 0 means one
 	// second. The kernel lets go of a closed socket's queue with some delay.
 	BindTimeout time.Duration
@@ -85,6 +90,8 @@ const DefaultRingSize = 4096
 const (
 	txMetadataLen  = 24      // sizeof(struct xsk_tx_metadata)
 	sendBuffer     = 8 << 20 // bytes of socket buffers that copy-mode TX may have in flight
+	busyPollMicros = 20      // time that one system call may poll
+	busyPollBudget = 64      // packets of it
 	maxSegments    = 18      // descriptors of one packet: MAX_SKB_FRAGS + 1
 	maxKicks       = 256     // system calls of one Kick
 	maxIdleKicks   = 4       // of these, without progress
@@ -294,11 +301,33 @@ func openSocket(u *Umem, cfg SocketConfig, flags uint16, owner *Socket) (_ *Sock
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer)
 	}
 
+	if cfg.BusyPoll {
+		if err := s.preferBusyPoll(); err != nil {
+			return nil, err
+		}
+	}
 	if err := u.adopt(s); err != nil {
 		return nil, err
 	}
 	return s, nil
 }
+
+func (s *Socket) preferBusyPoll() error {
+	for _, o := range []struct{ option, value int }{
+		{unix.SO_PREFER_BUSY_POLL, 1},
+		{unix.SO_BUSY_POLL, busyPollMicros},
+		{unix.SO_BUSY_POLL_BUDGET, busyPollBudget},
+	} {
+		if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, o.option, o.value); err != nil {
+			return fmt.Errorf("prefer busy polling: %w", err)
+		}
+	}
+	return nil
+}
+
+// Drive lets the driver process its queue now, for sockets with
+// SocketConfig.BusyPoll. It does not block.
+func (s *Socket) Drive() { wakeRX(s.fd) }
 
 // register makes s the socket through which the kernel learns of the UMEM.
 func (s *Socket) register() error {

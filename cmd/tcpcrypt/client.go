@@ -245,6 +245,7 @@ func printStatus(w io.Writer, st fastpath.Status) {
 		fmt.Fprintf(w, "interface\t%s (%s, MTU %d)\n", st.Interface, st.Driver, st.MTU)
 		fmt.Fprintf(w, "inner\t%s\n", st.Inner)
 		fmt.Fprintf(w, "mode\t%s\n", st.Mode)
+		fmt.Fprintf(w, "poll\t%s\n", st.Poll)
 		fmt.Fprintf(w, "guard\t%s\n", st.Guard)
 		fmt.Fprintf(w, "aead engine\t%s\n", st.Engine)
 		fmt.Fprintf(w, "pid\t%d\n", st.PID)
@@ -262,15 +263,28 @@ func printStatus(w io.Writer, st fastpath.Status) {
 	}
 	fmt.Fprintln(w)
 	table(w, func(w io.Writer) {
-		fmt.Fprintln(w, "QUEUE\tWORKER\tCPU\tMODE\tCHECKSUM\tBETTER MODE REFUSED")
+		fmt.Fprintln(w, "QUEUE\tWORKER\tCPU\tMODE\tCHECKSUM\tHANDED OVER\tBETTER MODE REFUSED")
 		for _, s := range st.Queues {
-			cpu := "-"
-			if s.CPU >= 0 {
-				cpu = strconv.Itoa(s.CPU)
-			}
-			fmt.Fprintf(w, "%d\t%d\t%s\t%s\t%s\t%s\n", s.Queue, s.Worker, cpu, s.Mode, dash(s.Checksum), dash(s.Refused))
+			fmt.Fprintf(w, "%d\t%d\t%s\t%s\t%s\t%d\t%s\n", s.Queue, s.Worker, cpuName(s.CPU), s.Mode, dash(s.Checksum), s.HandedOver, dash(s.Refused))
 		}
 	})
+	if len(st.Workers) < 2 {
+		return
+	}
+	fmt.Fprintln(w)
+	table(w, func(w io.Writer) {
+		fmt.Fprintln(w, "WORKER\tCPU\tFLOWS\tHALF-OPEN\tHANDED OVER\tRECEIVED")
+		for _, s := range st.Workers {
+			fmt.Fprintf(w, "%d\t%s\t%d\t%d\t%d\t%d\n", s.Worker, cpuName(s.CPU), s.Flows, s.HalfOpen, s.HandedOver, s.Received)
+		}
+	})
+}
+
+func cpuName(cpu int) string {
+	if cpu < 0 {
+		return "-"
+	}
+	return strconv.Itoa(cpu)
 }
 
 func printFlows(w io.Writer, flows []fastpath.FlowInfo) {

@@ -31,7 +31,11 @@ type settings struct {
 	inner    string
 	mode     choice
 	queues   list[int]
+	workers  int
 	cpus     list[int]
+	numa     int
+	poll     choice
+	busyPoll bool
 	ports    list[fastpath.PortRange]
 	exclude  list[fastpath.PortRange]
 	teps     list[crypto.TEP]
@@ -57,6 +61,7 @@ func newSettings() *settings {
 	s := &settings{
 		mode:      choice{"auto", []string{"auto", "zerocopy", "copy", "generic"}},
 		logFormat: choice{"text", []string{"text", "json"}},
+		poll:      choice{fastpath.PollHybrid.String(), fastpath.PollNames},
 		queues:    list[int]{parse: parseIndexes},
 		cpus:      list[int]{parse: parseIndexes},
 		ports:     list[fastpath.PortRange]{parse: parsePorts, all: true, text: "all"},
@@ -76,8 +81,12 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.StringVar(&s.iface, "interface", "", "encrypt the TCP connections of the network interface `IF`")
 	fs.StringVar(&s.inner, "inner-interface", "", "inner network interface `IF` of a gateway")
 	fs.Var(&s.mode, "mode", "how packets are received; all but auto fail when it cannot be had")
-	fs.Var(&s.queues, "queues", "NIC queues to serve, like 0-3,5 (default all)")
-	fs.Var(&s.cpus, "cpus", "CPUs to pin workers to, like 0-3,5 (default not pinned)")
+	fs.Var(&s.queues, "queues", "receive queues of the interface, like 0-3,5, in the order in which workers take them (default all)")
+	fs.IntVar(&s.workers, "workers", 0, "threads that carry packets (default one for each queue, as far as there are CPU cores)")
+	fs.Var(&s.cpus, "cpus", "CPUs to pin workers to, like 0-3,5 (default near the interface, where there are CPUs to spare)")
+	fs.IntVar(&s.numa, "numa", -1, "choose the CPUs from NUMA node `N` (default that of the interface)")
+	fs.Var(&s.poll, "poll", "what a worker without work does: look on a little and then sleep, never sleep, or sleep at once")
+	fs.BoolVar(&s.busyPoll, "busy-poll", false, "have workers, not interrupts, drive the driver's queues (SO_PREFER_BUSY_POLL)")
 	fs.Var(&s.ports, "ports", "local or remote TCP ports to encrypt, like 80,443,8000-8100, or all")
 	fs.Var(&s.exclude, "exclude-ports", "TCP ports to leave alone")
 	fs.Var(&s.teps, "teps", "key agreement, in order of preference")
@@ -95,6 +104,7 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.StringVar(&s.metrics, "metrics", "", "serve Prometheus metrics at `ADDR`, like 127.0.0.1:9433")
 	fs.Var(&s.logFormat, "log-format", "format of the log on stderr")
 	fs.DurationVar(&s.drain, "drain-timeout", fastpath.DefaultDrain, "how long encrypted connections may take to finish after SIGTERM")
+	fs.Lookup("numa").DefValue = "" // -1 means nothing to a user
 	// The flag is known so that it can be refused with its own reason.
 	if err := fs.MarkHidden("inner-interface"); err != nil {
 		panic(err)
@@ -127,6 +137,10 @@ func (s *settings) check() error {
 		return errors.New("interface is not set: give --interface, or the key interface in the --config file")
 	case s.control == "":
 		return errors.New("control is empty: it must be the path of a socket")
+	case s.workers < 0:
+		return fmt.Errorf("workers: %d is negative", s.workers)
+	case s.numa < -1:
+		return fmt.Errorf("numa: %d is not the number of a node", s.numa)
 	case s.resumeNonce < 0 || s.resumeNonce > crypto.MaxResumeNonce:
 		return fmt.Errorf("resume-nonce: %d is not between 0 and %d", s.resumeNonce, crypto.MaxResumeNonce)
 	case s.rekeyEvery < 0:
@@ -142,7 +156,11 @@ func (s *settings) hostConfig(log *slog.Logger) fastpath.HostConfig {
 		Interface: s.iface,
 		Mode:      s.mode.value,
 		Queues:    s.queues.items,
+		Workers:   s.workers,
 		CPUs:      s.cpus.items,
+		NUMA:      s.numa,
+		Poll:      fastpath.Poll(slices.Index(s.poll.words, s.poll.value)),
+		BusyPoll:  s.busyPoll,
 		Ports:     s.ports.items,
 		Exclude:   s.exclude.items,
 		TEPs:      s.teps.items,

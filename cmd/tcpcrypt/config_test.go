@@ -46,7 +46,7 @@ func TestConfigDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.DiscardHandler)
-	want := fastpath.HostConfig{Interface: "eth0", Mode: "auto", TEPs: crypto.AllTEPs, AEADs: crypto.AllAEADs, ResumeNonce: 8, Log: log}
+	want := fastpath.HostConfig{Interface: "eth0", Mode: "auto", NUMA: -1, TEPs: crypto.AllTEPs, AEADs: crypto.AllAEADs, ResumeNonce: 8, Log: log}
 	if got := s.hostConfig(log); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
@@ -60,7 +60,11 @@ func TestConfigFile(t *testing.T) {
 		Interface: "eth0",
 		Mode:      "copy",
 		Queues:    []int{0, 1, 2, 5},
+		Workers:   3,
 		CPUs:      []int{7},
+		NUMA:      1,
+		Poll:      fastpath.PollSleep,
+		BusyPoll:  true,
 		Ports:     []fastpath.PortRange{{First: 80, Last: 80}, {First: 8000, Last: 8100}},
 		Exclude:   []fastpath.PortRange{{First: 22, Last: 22}},
 		TEPs:      []crypto.TEP{crypto.TEPP256, crypto.TEPX25519},
@@ -81,6 +85,10 @@ func TestConfigFile(t *testing.T) {
 		},
 	}
 	const more = `
+			workers = 3
+			numa = 1
+			poll = "sleep"
+			busy-poll = true
 			resume-nonce = 4
 			rekey-bytes = "1M"
 			rekey-frames = 5000
@@ -207,6 +215,10 @@ func TestConfigErrors(t *testing.T) {
 		{`queues = "0-99999999999"`, `queues: "0-99999999999" is not within 0-4095`},
 		{`queues = "0-3,2"`, `queues: "2" is in the list twice`},
 		{`queues = "all"`, `queues: "all" is not a number or a range`},
+		{"interface = 'eth0'\nworkers = -1", `workers: -1 is negative`},
+		{`workers = "many"`, `workers: `},
+		{"interface = 'eth0'\nnuma = -2", `numa: -2 is not the number of a node`},
+		{`poll = "always"`, `poll: "always" is not one of hybrid, busy, sleep`},
 		{`cpus = -1`, `cpus: "-1" is not a number or a range`},
 		{`teps = "x25519,x25519"`, `teps: "x25519" is in the list twice`},
 		{`teps = []`, `teps: the list is empty`},

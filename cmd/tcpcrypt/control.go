@@ -265,6 +265,9 @@ func handle(line []byte, h host) response {
 		if st.Queues == nil {
 			st.Queues = []fastpath.QueueStatus{}
 		}
+		if st.Workers == nil {
+			st.Workers = []fastpath.WorkerStatus{}
+		}
 		result = st
 	case "flows":
 		flows := h.Flows()

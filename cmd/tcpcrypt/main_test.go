@@ -172,8 +172,11 @@ func (h *fakeHost) Status() fastpath.Status {
 	defer h.mu.Unlock()
 	return fastpath.Status{
 		Interface: h.cfg.Interface, Driver: "veth", MTU: 1500, Inner: "tcpcrypt0", Mode: "copy",
-		Queues: []fastpath.QueueStatus{{CPU: -1, Mode: "copy", Refused: "zerocopy: not supported", Checksum: "software"}},
-		Guard:  "active", Engine: "std", PID: 42, Uptime: 61.4, Draining: h.draining, Flows: 2, HalfOpen: 1, Ended: 3,
+		Queues: []fastpath.QueueStatus{{CPU: -1, Mode: "copy", Refused: "zerocopy: not supported", Checksum: "software", HandedOver: 5}, {Queue: 1, Worker: 1, CPU: 1, Mode: "copy", Checksum: "software"}},
+		Workers: []fastpath.WorkerStatus{
+			{CPU: -1, Queues: []int{0}, Flows: 2, HandedOver: 6}, {Worker: 1, CPU: 1, Queues: []int{1}, HalfOpen: 1, Received: 6},
+		},
+		Poll: "hybrid", Guard: "active", Engine: "std", PID: 42, Uptime: 61.4, Draining: h.draining, Flows: 2, HalfOpen: 1, Ended: 3,
 	}
 }
 

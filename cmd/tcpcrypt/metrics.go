@@ -103,13 +103,17 @@ var (
 		"Always 1: the mode that a NIC queue got.", []string{"queue", "worker", "mode"}, nil)
 	descRefused = prometheus.NewDesc("tcpcrypt_queue_mode_refused",
 		"Always 1: why a NIC queue did not get a better mode.", []string{"queue", "reason"}, nil)
+	descHanded = prometheus.NewDesc("tcpcrypt_queue_handed_over_total",
+		"Packets of a NIC queue that went on to another worker, which has their flow.", []string{"queue", "worker"}, nil)
+	descWorker = prometheus.NewDesc("tcpcrypt_worker_flows",
+		"Flows of a worker that are encrypted or closing.", []string{"worker", "cpu"}, nil)
 	descBuild = prometheus.NewDesc("tcpcrypt_build_info",
 		"Always 1: the version of the daemon.", []string{"version", "goversion"}, nil)
 )
 
 func (hostCollector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{descEvents, descOutcomes, descFlows, descHalfOpen,
-		descUptime, descDraining, descGuard, descQueue, descRefused, descBuild} {
+		descUptime, descDraining, descGuard, descQueue, descRefused, descHanded, descWorker, descBuild} {
 		descs <- d
 	}
 }
@@ -139,6 +143,10 @@ func (c hostCollector) Collect(metrics chan<- prometheus.Metric) {
 		if q.Refused != "" {
 			gauge(descRefused, 1, strconv.Itoa(q.Queue), q.Refused)
 		}
+		counter(descHanded, q.HandedOver, strconv.Itoa(q.Queue), strconv.Itoa(q.Worker))
+	}
+	for _, w := range st.Workers {
+		gauge(descWorker, float64(w.Flows), strconv.Itoa(w.Worker), cpuName(w.CPU))
 	}
 	v := buildVersion()
 	gauge(descBuild, 1, v.Version, v.Go)

@@ -43,6 +43,8 @@ func TestMetrics(t *testing.T) {
 		`tcpcrypt_guard_active 1`,
 		`tcpcrypt_queue_mode{mode="copy",queue="0",worker="0"} 1`,
 		`tcpcrypt_queue_mode_refused{queue="0",reason="zerocopy: not supported"} 1`,
+		`tcpcrypt_queue_handed_over_total{queue="0",worker="0"} 5`,
+		`tcpcrypt_worker_flows{cpu="-",worker="0"} 2`,
 		`tcpcrypt_build_info{`,
 		`go_goroutines `,
 	} {

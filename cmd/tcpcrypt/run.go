@@ -189,6 +189,7 @@ func logReady(log *slog.Logger, st fastpath.Status, control string) {
 		"interface", st.Interface,
 		"mode", st.Mode,
 		"queues", queueModes(st.Queues),
+		"workers", len(st.Workers),
 		"tap", st.Inner,
 		"guard", st.Guard,
 		"engine", st.Engine,
