@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -30,7 +31,11 @@ func Build(dir string, extra ...string) (string, error) {
 	out := filepath.Join(dir, "tcpcrypt")
 	args := append([]string{"build", "-o", out}, extra...)
 	cmd := exec.Command("go", append(args, "github.com/tcpcrypt-xdp/tcpcrypt-xdp/cmd/tcpcrypt")...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cgo := "CGO_ENABLED=0"
+	if slices.Contains(extra, "-race") {
+		cgo = "CGO_ENABLED=1" // which the race detector needs
+	}
+	cmd.Env = append(os.Environ(), cgo)
 	if b, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, b)
 	}

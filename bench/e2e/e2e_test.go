@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -147,6 +148,7 @@ type bed struct {
 	path *lab.Path
 	fwd  *lab.Forwarder
 	wire *watch
+	prog string // the binary, if not program
 }
 
 func newBed(t *testing.T, o lab.Options, f lab.ForwarderOptions) *bed {
@@ -179,7 +181,7 @@ func newBedWith(t *testing.T, o lab.Options, f lab.ForwarderOptions, forward fun
 // daemon starts the program on a host and stops it, orderly, at the test's end.
 func (b *bed) daemon(host *lab.Iface, flags ...string) *daemon.Daemon {
 	b.t.Helper()
-	d, err := daemon.Start(b.ctx, program, host, nil, flags...)
+	d, err := daemon.Start(b.ctx, cmp.Or(b.prog, program), host, nil, flags...)
 	if err != nil {
 		b.t.Fatal(err)
 	}

@@ -188,6 +188,51 @@ func TestHandover(t *testing.T) {
 	}
 }
 
+// The same with a build that detects data races and one that checks who owns
+// each chunk of packet memory: either ends the daemon when it finds something.
+func TestHandoverChecked(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		extra []string
+	}{
+		{"race", []string{"-race"}},
+		{"ownership", []string{"-tags", "xdpdebug"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if _, err := exec.LookPath("gcc"); c.name == "race" && err != nil {
+				t.Skipf("skipped: the race detector needs a C compiler: %v", err)
+			}
+			prog, err := daemon.Build(t.TempDir(), c.extra...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b := newBed(t, lab.Options{Queues: 2}, lab.ForwarderOptions{})
+			b.prog = prog
+			t.Setenv("GORACE", "halt_on_error=1")
+			a, z := b.both()
+			for _, i := range []*lab.Iface{b.path.MidA, b.path.MidB} {
+				stop, err := i.AlternateQueues(6)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { _ = stop() })
+			}
+			b.churn(a, z, 8, 2, 1<<18)
+			for _, d := range []*daemon.Daemon{a, z} {
+				if n := b.stats(d).Counters["handed_over_received"]; n < 100 {
+					t.Errorf("%d packets were handed over", n)
+				}
+			}
+			if err := errors.Join(a.Stop(), z.Stop()); err != nil {
+				t.Error(err)
+			}
+			if log := a.Logs() + z.Logs(); strings.Contains(log, "DATA RACE") {
+				t.Errorf("a data race:\n%s", log)
+			}
+		})
+	}
+}
+
 // What cannot be had is one line, and nothing stays attached.
 func TestWorkersRefused(t *testing.T) {
 	b := newBed(t, lab.Options{Queues: 2}, lab.ForwarderOptions{})
