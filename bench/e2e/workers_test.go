@@ -240,7 +240,7 @@ func TestWorkersRefused(t *testing.T) {
 		{"--workers=3", "workers: 3 are more than the 2 receive queues of eth0"},
 		{"--cpus=4000", "cpus: CPU 4000 is not one that this process may run on"},
 		{"--numa=9", "numa: node 9 has no CPU"},
-		{"--queues=0", "eth0 has 2 receive queues, all of them must be bound"},
+		{"--queues=7", "queue 7: eth0 has queues 0-1"},
 		{"--poll=never", "hybrid, busy, sleep"},
 	} {
 		out, err := b.path.A.NS.Command(b.ctx, program, "run", "--interface", b.path.A.Name, "--control", b.path.A.NS.Lab().Dir()+"/w.sock", c.flag).CombinedOutput()
