@@ -96,7 +96,7 @@ func TestExamine(t *testing.T) {
 		{"a queue that cannot be bound", nic(func(n *Interface) { n.Tried.Queues[1] = QueueTried{Queue: 1, Mode: "none", Copy: "busy"} }), "af-xdp-queue", Fail, "queue 1 cannot be bound: busy", "-", false},
 		{"no checksum", nic(func(n *Interface) { n.Tried.Queues[0].TXChecksum = false }), "tx-checksum", Warn, "none on request", "-", false},
 		{"copy mode checksums", nic(func(n *Interface) { untried(n); n.ZeroCopy, n.TXChecksum = false, false }), "tx-checksum", OK, "on request", "-", false},
-		{"jumbo without multi-buffer zero-copy", nic(func(n *Interface) { n.MTU, n.ZeroCopySegments = 9000, 1 }), "mtu", Warn, "9000", "ip link set nic0 mtu 3822", false},
+		{"jumbo without multi-buffer zero-copy", nic(func(n *Interface) { n.MTU, n.ZeroCopySegments = 9000, 1 }), "mtu", Warn, "9000", "ip link set nic0 mtu 3054", false},
 		{"jumbo", nic(func(n *Interface) { n.MTU = 9000 }), "mtu", OK, "packets of several buffers", "-", false},
 		{"tiny MTU", nic(func(n *Interface) { n.MTU = 576 }), "mtu", Warn, "576", "-", false},
 		{"other program", nic(func(n *Interface) { n.XDP = "xdp_dispatcher" }), "xdp-program", Fail, "xdp_dispatcher", "ip link set dev nic0 xdp off", false},

@@ -11,6 +11,7 @@ import (
 const (
 	headers      = 18   // Ethernet and one VLAN tag
 	largestChunk = 3840 // of a packet in one chunk of packet memory
+	largestZero  = 3072 // and in zero-copy mode, where drivers count in KiB
 	plainMTU     = 3506 // above it drivers want a program that accepts several buffers
 )
 
@@ -111,9 +112,9 @@ const whyZeroCopy = "the kernel copies each packet twice, about 1 us on either w
 func (e *examiner) mtu(n *Interface) {
 	large := n.MTU+headers > largestChunk
 	switch {
-	case large && n.ZeroCopy && n.ZeroCopySegments < 2:
+	case n.ZeroCopy && n.ZeroCopySegments < 2 && n.MTU+headers > largestZero:
 		e.add("mtu", Warn, fmt.Sprintf("%d", n.MTU), "a packet does not fit one chunk of packet memory, and the driver's zero-copy takes no packets of several: copy mode is used",
-			fmt.Sprintf("ip link set %s mtu %d", n.Name, largestChunk-headers))
+			fmt.Sprintf("ip link set %s mtu %d", n.Name, largestZero-headers))
 	case n.MTU < 1280:
 		e.add("mtu", Warn, fmt.Sprintf("%d", n.MTU), "encryption takes 20 bytes of each segment, a large part of such small ones", "")
 	case large:

@@ -262,9 +262,9 @@ func (h *Host) concentrate(queues []int, have int) error {
 // openPorts binds the NIC queues and makes the TAP, then attaches the diverter,
 // which is still disabled, and the guard.
 func (h *Host) openPorts(want xdp.Mode, queues []int) error {
-	chunk := smallChunk
-	if h.caps.MTU+packet.EthLen+packet.VLANLen > smallChunk-xdp.Headroom {
-		chunk = largeChunk
+	chunk := largeChunk
+	if h.fits(smallChunk, want != xdp.ModeCopy && want != xdp.ModeGeneric && h.caps.ZeroCopy) {
+		chunk = smallChunk
 	}
 	var err error
 	n := len(h.place.cpus)
@@ -348,7 +348,19 @@ func (h *Host) bindQueues(m xdp.Mode, queues []int, chunk int) (err error) {
 // multiBuffer reports whether packets may be larger than a chunk: by the MTU,
 // or because a virtual device hands merged ones to generic XDP.
 func (h *Host) multiBuffer(m xdp.Mode, chunk int) bool {
-	return h.caps.MTU+packet.EthLen+packet.VLANLen > chunk-xdp.Headroom || m == xdp.ModeGeneric && h.caps.Virtual
+	return !h.fits(chunk, m == xdp.ModeZeroCopy) || m == xdp.ModeGeneric && h.caps.Virtual
+}
+
+// fits reports whether a packet of the MTU's size is received in one chunk. In
+// zero-copy mode that is decided by the driver: several (igb, igc, some ixgbe)
+// tell the hardware a length in KiB, rounded down, and what is longer comes in
+// pieces that look like packets.
+func (h *Host) fits(chunk int, zeroCopy bool) bool {
+	room := chunk - xdp.Headroom
+	if zeroCopy {
+		room &^= 1023
+	}
+	return h.caps.MTU+packet.EthLen+packet.VLANLen <= room
 }
 
 func (h *Host) unbind() {
