@@ -38,6 +38,12 @@ sim:
 soak: root build
 	$(GO) run ./bench/soak -duration $(DURATION)
 
+# The program on network cards with zero-copy, which are emulated: needs apt for
+# the emulator and a kernel, which go to .cache, but neither root nor KVM.
+# REFUSE=1 gives it cards that refuse zero-copy: then it must fail.
+test-zerocopy:
+	$(GO) run ./bench/vm/zerocopy $(if $(REFUSE),-refuse)
+
 # Cryptography, the engine, and whole hosts against plain TCP, in one run; the
 # charts are in bin/bench/report.html.
 bench: root build

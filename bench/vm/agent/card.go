@@ -1,0 +1,156 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/safchain/ethtool"
+	"github.com/vishvananda/netlink"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/vm"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
+)
+
+// describeCard finds the network card.
+func describeCard(resp *vm.Response) error {
+	deadline := time.Now().Add(patience)
+	for {
+		if devices, err := filepath.Glob("/sys/class/net/*/device"); err == nil && len(devices) > 0 {
+			resp.Interface = filepath.Base(filepath.Dir(devices[0]))
+			break
+		}
+		if time.Now().After(deadline) {
+			return errors.New("no network card")
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	c, err := xdp.Probe(resp.Interface)
+	if err != nil {
+		return err
+	}
+	resp.Driver, resp.Queues = c.Driver, c.RXQueues
+	return nil
+}
+
+// setUp gives the interface its queues, MTU and addresses, and waits for the
+// link.
+func setUp(req *vm.Request) error {
+	l, err := netlink.LinkByName(req.Interface)
+	if err != nil {
+		return err
+	}
+	if req.Queues > 0 {
+		tool, err := ethtool.NewEthtool()
+		if err != nil {
+			return err
+		}
+		defer tool.Close()
+		c, err := tool.GetChannels(req.Interface)
+		if err != nil {
+			return fmt.Errorf("channels: %w", err)
+		}
+		if int(c.CombinedCount) != req.Queues {
+			c.CombinedCount = uint32(req.Queues)
+			if _, err := tool.SetChannels(req.Interface, c); err != nil {
+				return fmt.Errorf("%d channels: %w", req.Queues, err)
+			}
+		}
+	}
+	if req.MTU > 0 && l.Attrs().MTU != req.MTU {
+		if err := netlink.LinkSetMTU(l, req.MTU); err != nil {
+			return fmt.Errorf("MTU %d: %w", req.MTU, err)
+		}
+	}
+	if err := netlink.LinkSetUp(l); err != nil {
+		return err
+	}
+	for _, text := range req.Args {
+		a, err := netlink.ParseAddr(text)
+		if err != nil {
+			return err
+		}
+		if a.IP.To4() == nil {
+			a.Flags = 0x02 // IFA_F_NODAD: it is used at once
+		}
+		if err := netlink.AddrReplace(l, a); err != nil {
+			return fmt.Errorf("address %s: %w", text, err)
+		}
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
+	return waitCarrier(req.Interface, true)
+}
+
+func setLink(name string, up bool) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	if up {
+		return netlink.LinkSetUp(l)
+	}
+	return netlink.LinkSetDown(l)
+}
+
+// waitCarrier waits until the link is there, which some drivers reset for much,
+// or until it is gone.
+func waitCarrier(name string, want bool) error {
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		// It cannot be read of an interface that is down.
+		b, err := os.ReadFile("/sys/class/net/" + name + "/carrier")
+		if (err == nil && strings.TrimSpace(string(b)) == "1") == want {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the carrier of %s is not %v", name, want)
+		}
+	}
+}
+
+// attached tells what hangs on the interface.
+func attached(name string, resp *vm.Response) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	resp.XDP = l.Attrs().Xdp != nil && l.Attrs().Xdp.Attached
+	links, err := netlink.LinkList()
+	if err != nil {
+		return err
+	}
+	for _, x := range links {
+		resp.Devices = append(resp.Devices, x.Attrs().Name)
+	}
+	sockets, err := netlink.SocketDiagXDP()
+	if err != nil {
+		return err
+	}
+	for _, s := range sockets {
+		if s.XDPInfo != nil && int(s.XDPInfo.Ifindex) == l.Attrs().Index {
+			resp.Bound = append(resp.Bound, int(s.XDPInfo.QueueID))
+		}
+	}
+	slices.Sort(resp.Bound)
+	return nil
+}
+
+// counters are those of the driver (ethtool -S).
+func counters(name string, resp *vm.Response) error {
+	tool, err := ethtool.NewEthtool()
+	if err != nil {
+		return err
+	}
+	defer tool.Close()
+	resp.Counters, err = tool.Stats(name)
+	return err
+}

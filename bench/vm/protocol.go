@@ -1,0 +1,63 @@
+package vm
+
+// Greeting is the line that the agent writes when it is ready for requests.
+const Greeting = "agent-ready\n"
+
+// A Request is one line of JSON that the host sends to a guest's agent, which
+// answers each with a Response, in order.
+type Request struct {
+	Op string `json:"op"`
+
+	// "exec" runs Args[0] with the others and waits for it; "start" starts the
+	// daemon and waits until it is ready; "stop" ends it with SIGTERM, "kill"
+	// with SIGKILL.
+	Args []string `json:"args,omitempty"`
+
+	// "net" sets the interface up: queues (0: leaves them), MTU, addresses.
+	Interface string `json:"interface,omitempty"`
+	Queues    int    `json:"queues,omitempty"`
+	MTU       int    `json:"mtu,omitempty"`
+	Address   string `json:"address,omitempty"` // with prefix length; "listen" and "open": address and port
+	Up        bool   `json:"up,omitempty"`      // "link": up or down; "carrier": which of both to wait for
+
+	// "open" opens Connections and exchanges Bytes in each direction over each
+	// of them; with Again it does that over the ones that are open. "close"
+	// closes them.
+	Connections int  `json:"connections,omitempty"`
+	Bytes       int  `json:"bytes,omitempty"`
+	Again       bool `json:"again,omitempty"`
+}
+
+// Response is the answer to a Request.
+type Response struct {
+	Error string `json:"error,omitempty"`
+
+	Stdout string `json:"stdout,omitempty"` // "exec"
+	Stderr string `json:"stderr,omitempty"` // "exec", and what the daemon has logged since the last "start"
+	Code   int    `json:"code,omitempty"`   // exit code
+
+	Bytes     int64             `json:"bytes,omitempty"`      // "open": exchanged, both directions together, compared byte by byte
+	Sockets   []SocketInfo      `json:"sockets,omitempty"`    // "sockets": AF_XDP sockets of the daemon
+	Counters  map[string]uint64 `json:"counters,omitempty"`   // "counters": of the driver
+	Threads   []ThreadInfo      `json:"threads,omitempty"`    // "threads": of the daemon
+	Interface string            `json:"interface,omitempty"`  // "hello": the network card
+	Driver    string            `json:"driver,omitempty"`     // "hello": its driver
+	Queues    int               `json:"queues,omitempty"`     // "hello": its receive queues
+	Kernel    string            `json:"kernel,omitempty"`     // "hello"
+	CPUs      int               `json:"cpus,omitempty"`       // "hello"
+	XDP       bool              `json:"xdp,omitempty"`        // "attached": an XDP program
+	Devices   []string          `json:"devices,omitempty"`    // "attached": all network devices
+	Bound     []int             `json:"bound,omitempty"`      // "attached": queues with AF_XDP sockets
+	Failed    []string          `json:"not_loaded,omitempty"` // "hello": modules that could not be loaded
+}
+
+// SocketInfo is an AF_XDP socket, as the kernel tells of it.
+type SocketInfo struct {
+	Queue    int  `json:"queue"`
+	ZeroCopy bool `json:"zero_copy"` // of XDP_OPTIONS
+}
+
+// ThreadInfo is a thread that may run on one CPU only.
+type ThreadInfo struct {
+	CPU int `json:"cpu"`
+}
