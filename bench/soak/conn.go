@@ -242,7 +242,7 @@ func wrong(err error) bool {
 // network reports whether an error is one that TCP tells applications of when a
 // connection is ended from outside.
 func network(err error) bool {
-	for _, e := range []error{syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNREFUSED, syscall.ETIMEDOUT, syscall.ECONNABORTED,
+	for _, e := range []error{syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNREFUSED, syscall.ETIMEDOUT, syscall.ECONNABORTED, syscall.ENOTCONN,
 		syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.ENETDOWN} {
 		if errors.Is(err, e) {
 			return true

@@ -308,7 +308,7 @@ func (s *soak) answer(c net.Conn) {
 	e := newEnd(c, p, true)
 	got, err := e.run(s.ctx, headerSize)
 	atomic.AddInt64(&s.sum.bytes, got)
-	if wrong(err) {
+	if wrong(err) && s.ctx.Err() == nil {
 		s.problem("server of connection %+v, from %v: %v", *p, c.RemoteAddr(), err)
 	}
 	result <- err
@@ -411,6 +411,9 @@ func (s *soak) count(n *uint64) { atomic.AddUint64(n, 1) }
 
 // judge says whether a connection ended as it may.
 func (s *soak) judge(i int, p *plan, begin time.Time, local string, client, server error) {
+	if s.ctx.Err() != nil {
+		return // all were ended in the middle of something
+	}
 	s.mu.Lock()
 	leaked := s.secret[p.id] && s.leaked[p.id]
 	delete(s.secret, p.id)
