@@ -408,6 +408,10 @@ func (e *Engine) outerFrame(frame []byte, r ref, off uint32) {
 		return
 	}
 	e.st.OuterIn++
+	if f.dirty && s.Flags&(packet.SYN|packet.ACK) == packet.SYN {
+		// The end of the flow may have come just before, in the same vector.
+		e.flush()
+	}
 	if f.state != flowLive {
 		e.outerLate(f, s)
 		return
@@ -727,6 +731,7 @@ func (e *Engine) innerSYN(f *flow, s *packet.Segment) {
 	if s.Flags&packet.ACK != 0 {
 		return
 	}
+	e.flush() // as for a SYN from the wire
 	e.forget(f, false)
 	e.toSlow(packet.FromInner, &s.Key, s.Flags, s.Frame)
 }
