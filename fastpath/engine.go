@@ -24,6 +24,9 @@ const (
 	manyLinger  = 1 << 16
 	maxCtlTries = 8
 
+	// minOutMSS keeps an absurd MTU from cutting segments to nothing.
+	minOutMSS = 88
+
 	// maxInnerPayload keeps an inner packet's IP length within 16 bits.
 	maxInnerPayload = 65535 - packet.IPv6Len - packet.TCPLen - packet.MaxOptions
 	maxInnerPieces  = 64
@@ -880,6 +883,15 @@ func (e *Engine) fire(f *flow, which int) {
 		f.ctlRTO = min(2*f.ctlRTO, minRTO<<(maxCtlTries+1))
 		e.arm(f, timerCtl, e.now+f.ctlRTO)
 	}
+}
+
+// SetMTU cuts what live flows send from now on to an IP MTU of the outer
+// interface, in bytes. It does not make their segments larger: the peer was told
+// of the segment size when the flow began.
+func (e *Engine) SetMTU(mtu int) {
+	e.tab.each(func(f *flow) {
+		f.outMSS = max(min(f.outMSS, mtu-f.ipLen()-packet.TCPLen), minOutMSS)
+	})
 }
 
 // AbortAll ends every live flow with the given reason.

@@ -65,6 +65,8 @@ type Host struct {
 	queues   []QueueStatus
 	mode     xdp.Mode
 	ended    int
+	mtu      atomic.Int64 // of the interface
+	mtuLimit int          // largest packet that the sockets take
 
 	restoreQueues func() error // nil: nothing to put back
 
@@ -276,7 +278,8 @@ func (h *Host) openPorts(want xdp.Mode, queues []int) error {
 		}
 		h.umems = append(h.umems, u)
 	}
-	h.tap, err = xdp.OpenTAP(xdp.TAPConfig{Queues: n, MTU: h.caps.MTU})
+	// Never below the MTU of the interface, which may grow.
+	h.tap, err = xdp.OpenTAP(xdp.TAPConfig{Queues: n, MTU: xdp.MaxTAPMTU})
 	if err != nil {
 		return err
 	}
@@ -289,6 +292,10 @@ func (h *Host) openPorts(want xdp.Mode, queues []int) error {
 		err = h.bindQueues(m, queues, chunk)
 		if err == nil {
 			h.mode = m
+			h.mtu.Store(int64(h.caps.MTU))
+			if h.mtuLimit = largestMTU(chunk, m == xdp.ModeZeroCopy); h.multiBuffer(m, chunk) {
+				h.mtuLimit = xdp.MaxTAPMTU
+			}
 			for i := range h.queues {
 				h.queues[i].Refused = refused
 			}
@@ -351,16 +358,19 @@ func (h *Host) multiBuffer(m xdp.Mode, chunk int) bool {
 	return !h.fits(chunk, m == xdp.ModeZeroCopy) || m == xdp.ModeGeneric && h.caps.Virtual
 }
 
-// fits reports whether a packet of the MTU's size is received in one chunk. In
-// zero-copy mode that is decided by the driver: several (igb, igc, some ixgbe)
-// tell the hardware a length in KiB, rounded down, and what is longer comes in
-// pieces that look like packets.
-func (h *Host) fits(chunk int, zeroCopy bool) bool {
+// fits reports whether a packet of the MTU's size is received in one chunk.
+func (h *Host) fits(chunk int, zeroCopy bool) bool { return h.caps.MTU <= largestMTU(chunk, zeroCopy) }
+
+// largestMTU is the size of the largest IP packet that is received in one chunk.
+// In zero-copy mode that is decided by the driver: several (igb, igc, some
+// ixgbe) tell the hardware a length in KiB, rounded down, and what is longer
+// comes in pieces that look like packets.
+func largestMTU(chunk int, zeroCopy bool) int {
 	room := chunk - xdp.Headroom
 	if zeroCopy {
 		room &^= 1023
 	}
-	return h.caps.MTU+packet.EthLen+packet.VLANLen <= room
+	return room - packet.EthLen - packet.VLANLen
 }
 
 func (h *Host) unbind() {
@@ -446,6 +456,10 @@ func (h *Host) watch() {
 				h.log.Warn("the interface is down", "interface", h.cfg.Interface)
 				continue
 			}
+			if mtu := xdp.DeviceMTU(0); errors.As(err, &mtu) {
+				h.setMTU(int(mtu))
+				continue
+			}
 			h.err = fmt.Errorf("%s: %w", h.cfg.Interface, err)
 		case <-beat.C:
 			h.beat()
@@ -458,6 +472,22 @@ func (h *Host) watch() {
 		}
 		return
 	}
+}
+
+// setMTU follows the MTU of the interface. What the sockets take was decided when
+// they were bound: above that, encrypted connections keep to smaller segments.
+func (h *Host) setMTU(mtu int) {
+	h.mtu.Store(int64(mtu))
+	use := min(mtu, h.mtuLimit)
+	h.each(func(w *worker) {
+		w.slow.m.SetMTU(use)
+		w.eng.SetMTU(use)
+	})
+	if use < mtu {
+		h.log.Warn("the MTU of the interface was raised beyond what its sockets take: encrypted connections use smaller segments until the daemon is restarted", "mtu", mtu, "used", use)
+		return
+	}
+	h.log.Info("the MTU of the interface was changed", "mtu", mtu)
 }
 
 // restored ends what may have been copied with this virtual machine: sessions,
@@ -621,7 +651,7 @@ func (h *Host) detach() error {
 // Status describes the daemon.
 func (h *Host) Status() Status {
 	st := Status{
-		Interface: h.cfg.Interface, Driver: h.caps.Driver, MTU: h.caps.MTU, Inner: h.tap.Name(), Mode: h.mode.String(),
+		Interface: h.cfg.Interface, Driver: h.caps.Driver, MTU: int(h.mtu.Load()), Inner: h.tap.Name(), Mode: h.mode.String(),
 		Queues: slices.Clone(h.queues), Guard: "active", Engine: crypto.EngineName(), PID: os.Getpid(), Uptime: time.Since(h.start).Seconds(),
 		Draining: h.draining.Load(), Ended: h.ended, Poll: h.cfg.Poll.String(),
 	}

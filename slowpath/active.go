@@ -104,7 +104,7 @@ func (m *Machine) resumeNonce() ([]byte, error) {
 
 // sendSYN sends a copy of the inner SYN with the flow's ENO option.
 func (m *Machine) sendSYN(f *flow, s *packet.Segment) {
-	opts, ok := (&optionEdit{eno: f.localENO}).apply(s.Options())
+	opts, ok := (&optionEdit{mss: m.announcedMSS(&f.local, s.V6), eno: f.localENO}).apply(s.Options())
 	if !ok {
 		m.plainCopy(f, s)
 		return

@@ -184,6 +184,15 @@ func (m *Machine) shownMSS(o *synOptions, v6 bool) int {
 	return max(m.mss(o, v6)-crypto.Overhead, minMSS)
 }
 
+// announcedMSS is the MSS option of a SYN or SYN-ACK of the inner stack, for
+// optionEdit: 0, as it is, unless it lets the peer send more than the MTU allows.
+func (m *Machine) announcedMSS(o *synOptions, v6 bool) int {
+	if most := m.maxMSS(v6); o.mss > most {
+		return max(most, minMSS)
+	}
+	return 0
+}
+
 // outerSegment composes a segment to the peer with payload at stream offset off.
 func (m *Machine) outerSegment(f *flow, flags uint8, off int, payload []byte) []byte {
 	var opts [packet.MaxOptions]byte

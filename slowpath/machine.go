@@ -215,6 +215,9 @@ func (m *Machine) Deadline() (at time.Duration, ok bool) {
 	return at, ok
 }
 
+// SetMTU changes Config.MTU for flows that begin from now on.
+func (m *Machine) SetMTU(mtu int) { m.cfg.MTU = mtu }
+
 // Opens reports whether the flow k is half-open.
 func (m *Machine) Opens(k packet.Key) bool { return m.flows[k] != nil }
 

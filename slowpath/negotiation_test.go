@@ -95,6 +95,29 @@ func TestNoDaemon(t *testing.T) {
 	}
 }
 
+// The peer is not told of a larger segment than the MTU, which may be below that
+// of the inner stack, allows. A change is for flows that begin after it.
+func TestAnnouncedMSS(t *testing.T) {
+	s := newScript(t, Config{})
+	mss := func(p *packet.Segment) int {
+		o := readSYNOptions(p.Options())
+		return o.mss
+	}
+	for _, c := range []struct{ mtu, want int }{{1500, 1460}, {1400, 1360}, {9000, 1460}} {
+		s = newScript(t, Config{})
+		s.m.SetMTU(c.mtu)
+		if n := mss(s.connect()); n != c.want {
+			t.Errorf("MTU %d: the SYN announces %d, want %d", c.mtu, n, c.want)
+		}
+		s = newScript(t, Config{})
+		s.m.SetMTU(c.mtu)
+		s.listening(crypto.TEPX25519)
+		if n := mss(s.answered()); n != c.want {
+			t.Errorf("MTU %d: the SYN-ACK announces %d, want %d", c.mtu, n, c.want)
+		}
+	}
+}
+
 // Before a SYN-ACK that lets the peer turn encryption on leaves, the guard
 // keeps what the peer then sends from the inner stack (T22). At the end flows of
 // which that is so are aborted; the others may become plain.

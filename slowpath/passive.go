@@ -185,7 +185,7 @@ func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
 
 // recordSYNACK makes the outer form of a SYN-ACK; false when ENO finds no room.
 func (m *Machine) recordSYNACK(f *flow, s *packet.Segment) bool {
-	opts, ok := (&optionEdit{eno: f.localENO}).apply(s.Options())
+	opts, ok := (&optionEdit{mss: m.announcedMSS(&f.local, s.V6), eno: f.localENO}).apply(s.Options())
 	if !ok {
 		return false
 	}

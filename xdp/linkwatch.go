@@ -8,9 +8,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// DeviceMTU is what WatchLink sends when the MTU of the device was changed: the
+// new one, in bytes.
+type DeviceMTU int
+
+// Error makes a DeviceMTU one of the values that WatchLink sends.
+func (m DeviceMTU) Error() string { return fmt.Sprintf("xdp: the MTU is now %d", int(m)) }
+
 // WatchLink sends to ch when a device of the calling thread's network namespace
-// goes: ErrDeviceDown each time it is set down, ErrDeviceGone, the last value,
-// when it is removed or leaves the namespace. AF_XDP sockets do not tell: poll
+// changes or goes: ErrDeviceDown each time it is set down, a DeviceMTU,
+// ErrDeviceGone, the last value, when it is removed or leaves the namespace. AF_XDP sockets do not tell: poll
 // says nothing, and only transmission fails. stop ends the watch and may be
 // called more than once; a send to ch that nobody receives ends with it.
 func WatchLink(ifindex int, ch chan<- error) (stop func(), err error) {
@@ -33,7 +40,7 @@ func WatchLink(ifindex int, ch chan<- error) (stop func(), err error) {
 		stop()
 		return nil, fmt.Errorf("xdp: watch interface %d: %w", ifindex, err)
 	}
-	up := isUp(link.Attrs().RawFlags)
+	up, mtu := isUp(link.Attrs().RawFlags), link.Attrs().MTU
 	go func() {
 		report := func(err error) {
 			select {
@@ -54,6 +61,10 @@ func WatchLink(ifindex int, ch chan<- error) (stop func(), err error) {
 			was := up
 			if up = isUp(update.Flags); was && !up {
 				report(ErrDeviceDown)
+			}
+			if now := update.Attrs().MTU; now != mtu {
+				mtu = now
+				report(DeviceMTU(mtu))
 			}
 		}
 		select {

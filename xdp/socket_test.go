@@ -472,6 +472,12 @@ func TestDeviceGone(t *testing.T) {
 	if err := netlink.LinkSetUp(l.nic); err != nil {
 		t.Fatal(err)
 	}
+	if err := netlink.LinkSetMTU(l.nic, 1400); err != nil {
+		t.Fatal(err)
+	}
+	if err := event(); err != DeviceMTU(1400) {
+		t.Errorf("watch: %v", err)
+	}
 	if err := netlink.LinkDel(l.nic); err != nil {
 		t.Fatal(err)
 	}

@@ -19,6 +19,9 @@ const DefaultTAPName = "tcpcrypt%d"
 // behind a fixed IPv6 header.
 const MaxTAPPacket = VnetHdrLen + 14 + 4 + 40 + 65535
 
+// MaxTAPMTU is the largest MTU of a TAP device, in bytes.
+const MaxTAPMTU = 65535 - 14
+
 const (
 	// tapQueueLen is the number of packets, of up to 64 KiB, that wait in the
 	// kernel for a worker: there is no backpressure, and at the usual 1000 a

@@ -205,6 +205,16 @@ func (d *Daemon) Stop() error {
 	}
 }
 
+// Wait waits until the daemon has ended by itself, and returns how.
+func (d *Daemon) Wait(ctx context.Context) error {
+	select {
+	case <-d.ended:
+		return d.err
+	case <-ctx.Done():
+		return fmt.Errorf("the daemon on %s goes on: %w", d.host.NS.ShortName(), ctx.Err())
+	}
+}
+
 // Kill ends the daemon with SIGKILL and waits until it is gone.
 func (d *Daemon) Kill() error {
 	err := d.Process.Kill()
