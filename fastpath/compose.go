@@ -17,12 +17,14 @@ func putTS(o []byte, val, ecr uint32) {
 }
 
 // rxTarget returns the outer right edge that the inner stack's window and the
-// frame in assembly call for (T13). A plaintext byte never takes less than one
-// outer byte, so the inner window counts one to one.
+// frame in assembly call for (T13). To the inner window is added what frames of
+// the recent mean size take for themselves: a sender that may have one segment
+// on its way must not be short of it by a frame's overhead.
 func (e *Engine) rxTarget(f *flow) uint64 {
 	t := f.nxtO - uint64(f.hdrN+f.asmHave) - f.opening
 	if f.innerEdge > f.dlvI {
-		t += min(f.innerEdge-f.dlvI, uint64(max(0, e.cfg.FlowBudget-f.kept())))
+		w := min(f.innerEdge-f.dlvI, uint64(max(0, e.cfg.FlowBudget-f.kept())))
+		t += w + min((w+uint64(f.meanIn)-1)/uint64(f.meanIn)*overhead, maxFrameRoom)
 	}
 	// The rest of a frame is let in whatever the inner window, once all
 	// plaintext before it was passed on: a frame may be larger than the
@@ -114,8 +116,14 @@ func (e *Engine) innerWindow(f *flow) uint64 {
 	}
 	room := 0
 	if f.edgeO > f.sealO {
-		room = int(min(f.edgeO-f.sealO, 1<<30))
-		room = int(uint64(room) * uint64(f.meanData) / uint64(f.meanData+overhead))
+		edge := int(min(f.edgeO-f.sealO, 1<<30))
+		room = int(uint64(edge) * uint64(f.meanData) / uint64(f.meanData+overhead))
+		// The inner stack sends whole segments. One that is too long for the
+		// window by a frame's overhead, or by more while nothing is under way,
+		// would be waited for until a timer fires; the rest can be held.
+		if m := f.innerSegment(); room < m && (edge >= m || edge >= m/2 && f.unaO == f.sealO) {
+			room = m
+		}
 	}
 	room = max(0, min(room, e.cfg.FlowBudget-f.txBytes, (e.buf.budget-e.buf.used)/4))
 	flight := f.sealI - f.ackI
@@ -126,6 +134,16 @@ func (e *Engine) innerWindow(f *flow) uint64 {
 		wnd++
 	}
 	return min(wnd, 65535)
+}
+
+// innerSegment returns how many bytes of data the inner stack waits for a window
+// to hold: a segment, or as Linux does half of the largest window it saw.
+func (f *flow) innerSegment() int {
+	m := f.outMSS - overhead
+	if f.tsOK {
+		m -= 12
+	}
+	return min(m, int(f.wndMaxI/2))
 }
 
 // innerHeader fills in h for a segment to the inner stack at inner offset seq.
@@ -142,6 +160,7 @@ func (e *Engine) innerHeader(f *flow, h *packet.Header, opts []byte, seq uint64,
 	h.Seq, h.Ack, h.Flags, h.Wnd, h.Urg = seqOf(f.irs, seq), seqOf(f.iss, f.ackI), flags, uint16(wnd), 0
 	h.Opts = opts[:n]
 	f.ackShownI, f.wndShownI = f.ackI, wnd<<f.remoteShift
+	f.wndMaxI = max(f.wndMaxI, f.wndShownI)
 	f.ackDueI, f.ackMustI = false, false
 }
 

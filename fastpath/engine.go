@@ -464,6 +464,7 @@ func (e *Engine) outerSegment(f *flow, s *packet.Segment, src source) {
 		if s.Flags&packet.FIN != 0 && o+n == int64(f.nxtO)-1 {
 			f.ackNow = f.finTaken
 		}
+		e.passProbe(f)
 		e.touch(f)
 		return
 	}

@@ -63,6 +63,7 @@ type flow struct {
 	// --- receiving: outer to inner ---
 	nxtO      uint64 // next in-order outer byte, the FIN counts as one
 	rcvMSS    int    // largest segment received
+	meanIn    int    // data bytes of a recent mean frame received
 	rxEdge    uint64 // right edge advertised to the peer; never retreats (T13)
 	ackSentO  uint64 // newest acknowledgement sent to the peer
 	frameO    uint64 // start of the frame that is being assembled
@@ -115,6 +116,7 @@ type flow struct {
 	ackMustI  bool // an inner ACK is owed in any case
 	probing   bool // and will be, once the peer has answered a probe
 	wndShownI uint64
+	wndMaxI   uint64 // largest window that the inner stack was shown
 	ackShownI uint64
 
 	outer, inner packet.Template
@@ -217,7 +219,7 @@ func newFlow(est *slowpath.Established, now time.Duration) *flow {
 		tsOK: est.TSOK, sackOK: est.SACKOK, wsOK: est.WScaleOK, ecnOK: est.ECNOK,
 		tsLocal: est.TSLocal, tsRemote: est.TSRemote, tsRemoteEcr: est.TSLocal,
 		outer: est.OuterTmpl, inner: est.InnerTmpl,
-		outMSS: est.PeerMSS, inMSS: est.InnerMSS, meanData: 1400, rcvMSS: 536,
+		outMSS: est.PeerMSS, inMSS: est.InnerMSS, meanData: 1400, meanIn: 1400, rcvMSS: 536,
 		holdRTO: minRTO, ctlRTO: minRTO, innerRTO: minRTO,
 	}
 	if est.WScaleOK {
@@ -238,5 +240,6 @@ func newFlow(est *slowpath.Established, now time.Duration) *flow {
 	f.rxEdge = max(uint64(est.RxEdge), f.nxtO)
 	f.innerEdge = uint64(est.InnerWnd)
 	f.innerUp = !est.Active
+	f.wndMaxI = uint64(est.PeerWnd)
 	return f
 }

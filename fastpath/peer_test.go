@@ -740,13 +740,14 @@ func TestPAWS(t *testing.T) {
 func TestBeyondWindow(t *testing.T) {
 	r := newRig(t, rigConfig{innerWnd: 2000})
 	b := r.seal(0, content(0, 0, 5000))
-	r.outer(seg{o: 2001, data: b[2001:3000]})
+	// The window is that of the inner stack and the overhead of two frames.
+	r.outer(seg{o: 2041, data: b[2041:3000]})
 	if r.f.oooBytes != 0 {
 		t.Errorf("%d bytes kept from beyond the window", r.f.oooBytes)
 	}
 	r.outer(seg{o: 1500, data: b[1500:2500]})
-	if r.f.oooBytes != 500 {
-		t.Errorf("%d bytes kept across the edge, want 500", r.f.oooBytes)
+	if r.f.oooBytes != 540 {
+		t.Errorf("%d bytes kept across the edge, want 540", r.f.oooBytes)
 	}
 }
 
@@ -1068,21 +1069,70 @@ func TestPartOfFrame(t *testing.T) {
 		t.Fatalf("%d segments at once", n)
 	}
 	for o := int64(0); o < 1460; o += 500 {
-		r.forget()
+		// The first part is little and waits; the next is most of the rest.
+		if n := len(withData(r.outs)); n != min(int(o/500), 1) {
+			t.Fatalf("at %d: %d segments at once", o, n)
+		}
 		r.advance(5 * time.Second)
 		d := withData(r.outs)
 		n := min(500, 1460-o)
-		if len(d) == 0 && o > 960 {
-			break
-		}
 		if len(d) != 1 || d[0].o != o || int64(d[0].Len()) != n {
 			t.Fatalf("at %d: %d segments", o, len(d))
 		}
+		r.forget()
 		r.outer(seg{ack: o + n, wnd: 500})
 	}
 	r.advance(5 * time.Second)
 	if fs := r.readFrames(); len(fs) != 1 || !bytes.Equal(fs[0].data, want) {
 		t.Fatalf("%d frames", len(fs))
+	}
+}
+
+// A window of one segment of the inner stack's lets it send one, at once: it would
+// wait for the rest of a smaller window, as would this side for the frame's.
+func TestWindowOfOneSegment(t *testing.T) {
+	r := newRig(t, rigConfig{peerWnd: 3000})
+	want := content(4, 0, 1440)
+	r.inner(seg{data: content(0, 0, 100)})
+	r.forget()
+	r.outer(seg{ack: 120, wnd: 1440})
+	if n := len(r.ins); n == 0 || int(r.ins[n-1].Wnd) != 1440 {
+		t.Fatalf("inner window is %+v", r.ins)
+	}
+	r.inner(seg{o: 100, data: bytes.Clone(want)})
+	if d := withData(r.outs); len(d) != 1 || d[0].o != 120 || d[0].Len() != 1440 {
+		t.Fatalf("%d segments into the window", len(d))
+	}
+	r.outer(seg{ack: 120 + 1440, wnd: 1440})
+	if d := withData(r.outs); len(d) != 2 || d[1].o != 120+1440 || d[1].Len() != overhead {
+		t.Fatalf("%d segments after the window moved", len(d))
+	}
+}
+
+// The peer's probe of a shut window is passed on: the inner stack may have opened
+// its own, and the TAP have lost the announcement.
+func TestProbePassed(t *testing.T) {
+	for _, n := range []int{0, 1} {
+		r := newRig(t, rigConfig{innerWnd: 1000})
+		r.auto = false
+		b := r.seal(0, content(0, 0, 1000))
+		r.outer(seg{data: b[:1000]})
+		r.outer(seg{o: 1000, data: b[1000:]})
+		r.inner(seg{ack: 1000, wnd: -1})
+		edge := int64(r.f.rxEdge)
+		r.forget()
+		o := int64(len(b)) - 1
+		if n > 0 {
+			o = edge // as BSD does it
+		}
+		r.outer(seg{o: o, data: make([]byte, n)})
+		if len(r.ins) != 1 || r.ins[0].Len() != 0 || r.ins[0].o != 999 {
+			t.Errorf("probe of %d bytes: %d packets inward", n, len(r.ins))
+		}
+		r.inner(seg{ack: 1000, wnd: 5000})
+		if len(r.outs) == 0 || int(r.outs[len(r.outs)-1].Wnd) < 5000 {
+			t.Errorf("probe of %d bytes: %d answers", n, len(r.outs))
+		}
 	}
 }
 
@@ -1708,7 +1758,7 @@ func TestEdgeInVector(t *testing.T) {
 	c := r.seal(0, content(0, 2000, 100))
 	r.outer(seg{o: 0, data: a}, seg{o: 1020, data: b}, seg{o: 2100, data: c[60:]})
 	for _, p := range r.outs {
-		if edge := p.a + int64(p.Wnd); edge > 4096+40 {
+		if edge := p.a + int64(p.Wnd); edge > 4096+4*overhead {
 			t.Errorf("ACK of %d promises a window to %d, the inner stack's ends at 4096", p.a, edge)
 		}
 	}

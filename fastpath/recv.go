@@ -14,6 +14,10 @@ import (
 const (
 	maxOOO     = 4096 // segments kept above a gap, per flow
 	smallPiece = 512  // plaintext below this is packed into slabs
+
+	// maxFrameRoom bounds what a window is enlarged by for the overhead of
+	// frames: it is part of what may go beyond the inner stack's window.
+	maxFrameRoom = bigSize / 2
 )
 
 // openMeta goes with an open operation of the same index.
@@ -203,6 +207,7 @@ func (e *Engine) accept(f *flow, m *openMeta, plain []byte) {
 		data, at = data[2:], at+2
 	}
 	if n := len(data); n > 0 {
+		f.meanIn = max(1, f.meanIn+(n-f.meanIn)/8)
 		f.bytesIn += uint64(n)
 		e.keep(f, m, data, at, min(urg, 65535))
 		f.dlvI += uint64(n)
@@ -366,6 +371,7 @@ func (e *Engine) outerData(f *flow, o int64, data []byte, src source, fin bool) 
 		if lim <= 0 {
 			f.ackNow = true
 			e.st.BeyondWindow++
+			e.passProbe(f)
 			return
 		}
 		data = data[:lim]
@@ -620,13 +626,27 @@ func (e *Engine) innerFired(f *flow) {
 		f.sntI, f.cursor = f.innerAck, 0
 		e.st.InnerResends++
 	} else {
-		// A segment below the window: the inner stack answers with its window.
-		var h packet.Header
-		e.innerHeader(f, &h, e.opts[:], f.innerAck-1, packet.ACK)
-		f.inner.SetECN(0)
-		e.emitInner(f, &h)
+		e.probeInner(f)
 	}
 	f.innerRTO = min(2*f.innerRTO, maxInnerRTO)
 	e.arm(f, timerInner, e.now+f.innerRTO)
 	e.touch(f)
+}
+
+// probeInner sends the inner stack a segment below its window, which it answers
+// with its window.
+func (e *Engine) probeInner(f *flow) {
+	var h packet.Header
+	e.innerHeader(f, &h, e.opts[:], f.innerAck-1, packet.ACK)
+	f.inner.SetECN(0)
+	e.emitInner(f, &h)
+}
+
+// passProbe follows a segment that may be the peer's probe of a shut window. With
+// nothing in custody no timer of this side asks the inner stack for a window that
+// it has opened and whose announcement the TAP has lost.
+func (e *Engine) passProbe(f *flow) {
+	if f.innerUp && f.innerAck == f.sntI && f.sntI == f.dlvI && f.innerEdge < f.dlvI+uint64(f.rcvMSS) {
+		e.probeInner(f)
+	}
 }

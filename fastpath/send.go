@@ -285,6 +285,12 @@ func (e *Engine) pushNew(f *flow) {
 			data--
 		}
 		if data > f.edgeO {
+			// With nothing under way no ACK will move the edge: what fits is
+			// sent, unless it is little (RFC 9293 section 3.8.6.2.1).
+			if f.unaO == f.sentO && f.edgeO > f.sentO && f.edgeO-f.sentO >= (data-f.sentO)/2 {
+				e.xmit(f, f.sentO, f.edgeO, true, true)
+				f.sentO = f.edgeO
+			}
 			if !f.held {
 				f.held = true
 				f.ackDueI = true
