@@ -5,7 +5,7 @@ SEGMENTS ?= 1e8
 FIRST    ?= 1
 DURATION ?= 10m
 
-.PHONY: all build demo test test-unit test-interop sim soak bench generate lint fuzz clean root
+.PHONY: all build demo test test-unit test-interop test-matrix sim soak bench generate lint fuzz clean root
 
 all: build
 
@@ -43,6 +43,11 @@ soak: root build
 # REFUSE=1 gives it cards that refuse zero-copy: then it must fail.
 test-zerocopy:
 	$(GO) run ./bench/vm/zerocopy $(if $(REFUSE),-refuse)
+
+# Every cell of the matrix of paths and hosts, plain and encrypted, and longer
+# transfers under random loss; rewrites docs/matrix.md.
+test-matrix: root
+	$(GO) test -count=1 -timeout 60m -v ./bench/matrix -matrix.all -matrix.table "$(CURDIR)/docs/matrix.md"
 
 # Cryptography, the engine, and whole hosts against plain TCP, in one run; the
 # charts are in bin/bench/report.html.

@@ -105,6 +105,9 @@ type Strip struct {
 // that is seeded for the direction, so the n-th segment of two runs meets the
 // same fate if the segments before it were the same.
 type Impair struct {
+	// Seed, if not 0, starts the generator of the direction anew.
+	Seed uint64
+
 	Strip []Strip
 
 	// Cut is the probability that a segment with more than one byte of data
@@ -229,8 +232,8 @@ func NewForwarder(a, b *Iface, o ForwarderOptions) (*Forwarder, error) {
 	return f, nil
 }
 
-// Set replaces the impairments of a direction; the generator goes on where it
-// is. It may be called at any time from any goroutine.
+// Set replaces the impairments of a direction; without a seed the generator goes
+// on where it is. It may be called at any time from any goroutine.
 func (f *Forwarder) Set(d Dir, i Impair) {
 	if i.CutPieces < 2 {
 		i.CutPieces = 3
@@ -365,7 +368,11 @@ func (h *half) run() {
 			h.f.fail(fmt.Errorf("lab: forwarder %v: %w", h.dir, err))
 			return
 		}
-		h.im = h.impair.Load()
+		if im := h.impair.Load(); im != h.im {
+			if h.im = im; im.Seed != 0 {
+				h.rng = rand.New(rand.NewPCG(im.Seed, uint64(h.dir)))
+			}
+		}
 		for _, b := range frames {
 			h.receive(b)
 		}

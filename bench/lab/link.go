@@ -21,7 +21,7 @@ type EndOptions struct {
 
 // LinkOptions are the properties of a veth pair.
 type LinkOptions struct {
-	MTU        int          // bytes, default 1500, both ends
+	MTU        int          // bytes, default 1500, both ends; below 1280 there is no IPv6
 	Neighbours bool         // permanent neighbour entries, so that no ARP or ND is needed
 	Net4       netip.Prefix // default 10.LAB.LINK.0/24; the ends get .1 and .2
 	Net6       netip.Prefix // default fd00:LAB:LINK::/64; the ends get ::1 and ::2
@@ -121,7 +121,11 @@ func (n *Namespace) setup(e EndOptions, net4, net6 netip.Prefix, host byte) (*If
 			return nil, err
 		}
 	} else {
-		if err := errors.Join(i.AddAddress(i.IP4), i.AddAddress(i.IP6)); err != nil {
+		err := i.AddAddress(i.IP4)
+		if i.MTU >= minMTU6 {
+			err = errors.Join(err, i.AddAddress(i.IP6))
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -132,6 +136,9 @@ func (n *Namespace) setup(e EndOptions, net4, net6 netip.Prefix, host byte) (*If
 	}
 	return i, i.SetUp()
 }
+
+// minMTU6 is the least MTU at which a link carries IPv6 (RFC 8200 section 5).
+const minMTU6 = 1280
 
 func hostAddress(p netip.Prefix, host byte) netip.Prefix {
 	b := p.Masked().Addr().AsSlice()
@@ -193,18 +200,18 @@ func (i *Iface) AddAddress(p netip.Prefix) error {
 }
 
 // AddNeighbour adds a permanent ARP or ND entry. On an interface without
-// address it does nothing.
+// address of that family it does nothing.
 func (i *Iface) AddNeighbour(a netip.Addr, mac net.HardwareAddr) error {
-	have, err := i.NS.nl.AddrList(i.link(), netlink.FAMILY_ALL)
+	family := netlink.FAMILY_V4
+	if a.Is6() {
+		family = netlink.FAMILY_V6
+	}
+	have, err := i.NS.nl.AddrList(i.link(), family)
 	if err != nil {
 		return i.wrap("addresses", err)
 	}
 	if len(have) == 0 {
 		return nil
-	}
-	family := netlink.FAMILY_V4
-	if a.Is6() {
-		family = netlink.FAMILY_V6
 	}
 	return i.wrap("neighbour "+a.String(), i.NS.nl.NeighSet(&netlink.Neigh{
 		LinkIndex: i.Index, Family: family, State: netlink.NUD_PERMANENT,
