@@ -21,6 +21,8 @@ type simEvent struct {
 	ord  uint64
 	node int
 	buf  []byte
+	// forged segments are an attacker's.
+	forged bool
 }
 
 type eventHeap []simEvent
@@ -325,7 +327,7 @@ func (s *sim) step() bool {
 		if e.node >= 2 {
 			s.install(s.flows[(e.node-2)/2], e.node&1)
 		} else {
-			s.deliver(e.node, e.buf)
+			s.deliver(e.node, e.buf, e.forged)
 		}
 	case 1:
 		s.nodes[idx].poll()

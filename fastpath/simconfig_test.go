@@ -16,6 +16,7 @@ type netConfig struct {
 	dup, reorder, corrupt  float64
 	stale                  float64 // a copy turns up seconds later
 	forge                  float64 // flips a payload bit and mends the checksum
+	attack                 float64 // somebody adds a segment of his own
 	split, merge           float64
 	noSACK, noTS           float64 // the option is blanked out
 	ce                     float64

@@ -63,6 +63,9 @@ func (s *sim) travel(from int, b []byte) {
 		s.putBuf(b)
 		return
 	}
+	if s.chance(c.attack) {
+		s.attack(from, &g)
+	}
 	if s.chance(c.noSACK) {
 		s.blank(&g, packet.OptSACK)
 	}
@@ -105,6 +108,67 @@ func (n *simNode) out(c *netConfig) bool {
 		n.outage.e = n.outage.s + 1 + uint64(n.weather.ExpFloat64()*float64(c.outFor))
 	}
 	return n.outage.s <= now
+}
+
+// attack sends a segment that an attacker made up who sees g, but has no keys.
+// Where the scenario allows no abort, it is one that TCP withstands, too.
+func (s *sim) attack(from int, g *packet.Segment) {
+	f := s.nodes[from].flows[g.Key]
+	if f == nil || g.Flags&(packet.SYN|packet.RST) != 0 {
+		return
+	}
+	w, rev := f.wire[from], f.wire[1-from]
+	old := func() uint32 {
+		return g.Seq - uint32(offOf(w.iss, g.Seq, w.high)) + uint32(s.rng.Uint64N(rev.ackSent+1))
+	}
+	seq, ack, flags := g.Seq, g.Ack, uint8(packet.ACK)
+	var data []byte
+	garbage := func(n uint64) []byte {
+		at := s.rng.Uint64N(poolLen - 64)
+		return pool[at : at+1+s.rng.Uint64N(n)]
+	}
+	kinds := 5
+	if s.sc.mayAbort {
+		kinds = 9
+	}
+	switch s.rng.IntN(kinds) {
+	case 0:
+		seq, flags = old()-1, packet.RST
+	case 1:
+		seq, flags = s.rng.Uint32(), packet.SYN|flags&uint8(-s.rng.IntN(2))
+	case 2:
+		ack += 1<<20 + s.rng.Uint32N(1<<20)
+	case 3:
+		ack -= 1<<30 + s.rng.Uint32N(1<<20)
+	case 4:
+		if rev.ackSent == 0 {
+			return
+		}
+		seq = old()
+		data = garbage(min(64, rev.ackSent-uint64(offOf(w.iss, seq, rev.ackSent))+1))
+		if uint64(offOf(w.iss, seq, rev.ackSent))+uint64(len(data)) > rev.ackSent {
+			return
+		}
+	case 5:
+		seq, flags = seq+s.rng.Uint32N(70000), packet.RST
+	case 6:
+		flags |= packet.FIN
+	case 7:
+		flags |= packet.FIN
+		data = garbage(64)
+	case 8:
+		data = garbage(64)
+	}
+	x := packet.Rewrite(s.getBuf(0), g, g.Options(), data)
+	t := x[g.L4:]
+	binary.BigEndian.PutUint32(t[4:], seq)
+	binary.BigEndian.PutUint32(t[8:], ack)
+	t[13] = flags
+	packet.FullChecksum(x, g.L3, g.L4, g.V6)
+	if s.trace {
+		s.logf("forged from node %d: %s", from, segText(x))
+	}
+	s.events.push(simEvent{at: s.now + s.sc.net[from].delay, ord: s.nextOrd(), node: 1 - from, buf: x, forged: true})
 }
 
 // blank overwrites an option with NOPs, as middleboxes do.
@@ -231,12 +295,12 @@ func (s *sim) mergeRun(q [][]byte, i *int) []byte {
 }
 
 // deliver puts a packet into a node's receive queue.
-func (s *sim) deliver(node int, b []byte) {
+func (s *sim) deliver(node int, b []byte, forged bool) {
 	n := s.nodes[node]
 	var g packet.Segment
 	if packet.Parse(b, packet.FromOuter, &g) == nil {
 		if f := n.flows[g.Key]; f != nil && g.ChecksumOK(s.sc.virtual) {
-			f.wire[1-node].arrived(&g)
+			f.wire[1-node].arrived(&g, forged)
 			if !f.up[node] {
 				s.putBuf(b)
 				return

@@ -88,6 +88,10 @@ func scenarioFrom(rng *rand.Rand, seed uint64) *scenario {
 			n.forge = 0.001
 			sc.mayAbort = true
 		}
+		if one(6) {
+			n.attack = pick(rng, 0.001, 0.01)
+			sc.mayAbort = sc.mayAbort || one(3)
+		}
 	}
 	if level > 0 {
 		sc.quiet = time.Second + pick[time.Duration](rng, 2, 10, 60)*time.Second

@@ -18,27 +18,28 @@ type wireFrame struct {
 
 // wire watches one direction of one flow.
 type wire struct {
-	s       *sim
-	f       *simFlow
-	from    int
-	iss     uint32
-	mss     int
-	shift   uint8
-	sess    *crypto.Session // of the receiver
-	init    []byte
-	buf     []byte // the stream as it was first sent
-	have    spans
-	high    uint64 // end of what was sent, the FIN included
-	gap     bool
-	parsed  uint64
-	inner   uint64
-	gen     uint32
-	rekeys  int
-	finp    bool
-	fin     bool
-	finO    uint64
-	frames  []wireFrame
-	scratch []byte
+	s        *sim
+	f        *simFlow
+	from     int
+	iss      uint32
+	mss      int
+	shift    uint8
+	sess     *crypto.Session // of the receiver
+	init     []byte
+	buf      []byte // the stream as it was first sent
+	have     spans
+	high     uint64 // end of what was sent, the FIN included
+	gap      bool
+	parsed   uint64
+	inner    uint64
+	gen      uint32
+	rekeys   int
+	underKey uint64 // frames of this generation
+	finp     bool
+	fin      bool
+	finO     uint64
+	frames   []wireFrame
+	scratch  []byte
 
 	delivered spans  // what the receiving engine was given
 	acked     uint64 // of that, what it acknowledged to the sending engine ...
@@ -237,6 +238,12 @@ func (w *wire) parse() {
 		if b[0]&crypto.ControlRekey != 0 {
 			w.gen++
 			w.rekeys++
+			w.underKey = 0
+		}
+		// An empty frame may be one more: it must not initiate rekeying while
+		// the peer still owes an answer.
+		if w.underKey++; w.s.sc.rekeyFrames != 0 && w.underKey > w.s.sc.rekeyFrames+1 {
+			w.fail("frame at %d is number %d under its key", w.parsed, w.underKey)
 		}
 		w.scratch = append(w.scratch[:0], b[:n]...)
 		plain, ok := w.sess.RecvKey(w.gen).Open(w.scratch, w.parsed+w.warp)
@@ -328,8 +335,8 @@ func (w *wire) checkAck(from, to uint64, sack bool) {
 }
 
 // arrived notes what the receiving engine is given, and the window that its
-// sender is told by it.
-func (w *wire) arrived(g *packet.Segment) {
+// sender is told by it. A forged segment may repeat what the sender said.
+func (w *wire) arrived(g *packet.Segment, forged bool) {
 	if g.Flags&packet.RST != 0 {
 		return
 	}
@@ -344,6 +351,9 @@ func (w *wire) arrived(g *packet.Segment) {
 	}
 	if g.Flags&packet.ACK != 0 {
 		a := offOf(rev.iss, g.Ack, rev.high)
+		if forged && (a < 0 || a > int64(w.ackSent)) {
+			return
+		}
 		rev.edge = max(rev.edge, uint64(a)+uint64(g.Wnd)<<w.shift)
 		rev.acked = max(rev.acked, uint64(max(a, 0)))
 		for _, b := range g.SACK[:g.NSACK] {
