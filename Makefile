@@ -33,6 +33,11 @@ test-interop: root
 sim:
 	$(GO) test -count=1 -timeout 0 -run '^TestSim$$' -v ./fastpath -sim.segments=$(SEGMENTS) -sim.first=$(FIRST) -sim.progress=1m
 
+# The simulator against bugs that are planted one at a time: it must find each.
+.PHONY: sim-mutants
+sim-mutants:
+	$(GO) run ./bench/mutants
+
 # Two hosts whose connections, wire and daemons are disturbed at random, for
 # DURATION: every stream is exact or reset with a reason, nothing leaks or grows.
 soak: root build

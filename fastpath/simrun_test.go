@@ -18,6 +18,7 @@ var (
 	simFirst    = flag.Uint64("sim.first", 1, "the first seed of a run over many")
 	simSegments = flag.String("sim.segments", "", "how many segments on the wire a run over many seeds takes, such as 1e9")
 	simProgress = flag.Duration("sim.progress", 0, "print how far a run over many seeds has come, that often")
+	simFailures = flag.Int("sim.failures", 10, "how many failing seeds end a run over many")
 	simTrace    = flag.Bool("sim.trace", false, "log every packet")
 )
 
@@ -61,9 +62,6 @@ func (a *simTally) String() string {
 		a.seeds, a.flows, a.segs, a.bytes, a.steps, a.virtual.Round(time.Second))
 }
 
-// simFailures is how many failing seeds a run collects before it gives up.
-const simFailures = 10
-
 // simRun plays the scenarios of ascending seeds on all CPUs until so many
 // segments have been on the wire. A seed that failed is reported with the
 // command that plays it again.
@@ -87,7 +85,7 @@ func simRun(t *testing.T, goal uint64, scenario func(seed uint64) *scenario) *si
 			defer pool.close()
 			for {
 				mu.Lock()
-				if total.segs >= goal || failed >= simFailures || one && next > *simSeed {
+				if total.segs >= goal || failed >= *simFailures || one && next > *simSeed {
 					mu.Unlock()
 					return
 				}
