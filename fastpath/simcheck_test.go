@@ -25,6 +25,9 @@ func (n *simNode) checkEngine() {
 				if err := checkFlow(fl); err != "" {
 					n.s.fail("node %d: %s: %s", n.id, f.name, err)
 				}
+				if most := fl.innerEdge + 2*bigSize + 2<<fl.localShift; fl.dlvI > most {
+					n.s.fail("node %d: %s: plaintext to %d, beyond the window of the inner stack, which ends at %d", n.id, f.name, fl.dlvI, fl.innerEdge)
+				}
 				// Custody is bounded, whatever the inner stack does (T13).
 				if c, most := fl.dlvI+1-fl.innerAck, uint64(e.cfg.FlowBudget+crypto.MaxFrame); c > most {
 					n.s.fail("node %d: %s: %d bytes in custody, the budget is %d", n.id, f.name, c, most)

@@ -93,7 +93,7 @@ func simRun(t *testing.T, goal uint64, scenario func(seed uint64) *scenario) *si
 				next++
 				mu.Unlock()
 				s := newSim(scenario(seed), &pool)
-				err := s.run()
+				err := s.guarded()
 				s.close()
 				mu.Lock()
 				total.add(s)
@@ -115,6 +115,17 @@ func simRun(t *testing.T, goal uint64, scenario func(seed uint64) *scenario) *si
 	t.Logf("%v in %v: %.0f segments and %.0f connections a second; flows ended: %v",
 		total, d.Round(time.Millisecond), float64(total.segs)/d.Seconds(), float64(total.flows)/d.Seconds(), total.reasons)
 	return total
+}
+
+// guarded is run, with a panic as a violation.
+func (s *sim) guarded() (err string) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.fail("panic: %v\n%s", p, debug.Stack())
+			err = s.err
+		}
+	}()
+	return s.run()
 }
 
 // umemPool keeps the packet memory of simulations that ended well.

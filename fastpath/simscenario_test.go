@@ -145,7 +145,7 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 			m.keepalive = pick(rng, 300*time.Millisecond, 5*time.Second)
 		}
 		m.urg = one(10)
-		m.lossy = sc.net[k].tapLoss > 0 || sc.net[k].tapDup > 0 || sc.mayAbort
+		m.lossy = sc.net[k].tapLoss > 0 || sc.net[k].tapDup > 0
 		m.dscp = uint8(rng.IntN(64))
 		a := &c.app[k]
 		a.total = rng.Uint64N(uint64(float64(size)*scale) + 1)
@@ -175,7 +175,6 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 	}
 	if sc.mayAbort {
 		for k := range c.model {
-			c.model[k].lossy = true
 			if c.model[k].keepalive == 0 {
 				c.model[k].keepalive = 3 * time.Second
 			}

@@ -86,6 +86,9 @@ func (w *wire) observe(g *packet.Segment) {
 	if !g.ChecksumOK(w.s.sc.virtual) {
 		w.fail("bad checksum")
 	}
+	if bytes.Contains(g.Payload(), []byte(canary)) {
+		w.fail("plaintext")
+	}
 	if g.TOS>>2 != w.f.m[w.from].cfg.dscp {
 		w.fail("DSCP %d, want %d", g.TOS>>2, w.f.m[w.from].cfg.dscp)
 	}
@@ -172,9 +175,6 @@ func (w *wire) observeAck(g *packet.Segment, rev *wire) {
 
 // data holds bytes against what the same numbers carried before.
 func (w *wire) data(o uint64, p []byte) {
-	if bytes.Contains(p, []byte(canary)) {
-		w.fail("plaintext at %d", o)
-	}
 	end := o + uint64(len(p))
 	if end > w.edge {
 		w.fail("data to %d, the peer's window ends at %d", end, w.edge)
