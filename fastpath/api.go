@@ -43,9 +43,21 @@ type HostConfig struct {
 	// that connections that must not be plain are refused until the next one
 	// runs.
 	KeepGuard bool
-	Rules     []Rule // the first that matches wins over Ports, Exclude and Require
-	Log       *slog.Logger
+	// Guard is GuardAuto, GuardOn or GuardOff; GuardCgroup and GuardPins are
+	// Cgroup and Pins of xdp.GuardConfig.
+	Guard                  string
+	GuardCgroup, GuardPins string
+	Rules                  []Rule // the first that matches wins over Ports, Exclude and Require
+	Log                    *slog.Logger
 }
+
+// What HostConfig.Guard may be: as much of the guard as the host allows, all of
+// it or an error, or none.
+const (
+	GuardAuto = "auto"
+	GuardOn   = "on"
+	GuardOff  = "off"
+)
 
 // PortRange is an inclusive range of TCP ports. An empty list of ranges
 // selects every port where it includes, and none where it excludes.
@@ -87,7 +99,8 @@ type Status struct {
 	Queues    []QueueStatus  `json:"queues"`
 	Workers   []WorkerStatus `json:"workers"`
 	Poll      string         `json:"poll"`  // hybrid, busy or sleep
-	Guard     string         `json:"guard"` // state of the side-door guard: "active" or why not
+	Guard     string         `json:"guard"` // "active", "partial" or "off"
+	Layers    []GuardLayer   `json:"guard_layers"`
 	Engine    string         `json:"aead_engine"`
 	PID       int            `json:"pid"`
 	Uptime    float64        `json:"uptime_s"`
@@ -95,6 +108,14 @@ type Status struct {
 	Flows     int            `json:"flows"`     // encrypted or closing
 	HalfOpen  int            `json:"half_open"` // offered or negotiating
 	Ended     int            `json:"ended"`     // aborted at start: left over from a daemon that died
+}
+
+// GuardLayer is the state of one layer of the guard.
+type GuardLayer struct {
+	Layer      string `json:"layer"`
+	Active     bool   `json:"active"`
+	Persistent bool   `json:"persistent"`       // it outlives the daemon
+	Reason     string `json:"reason,omitempty"` // why it does not, or is not active
 }
 
 // FlowInfo is one row of `tcpcrypt flows`.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"runtime"
@@ -395,23 +396,53 @@ func (h *Host) closePorts() error {
 // openGuard takes over the guard that a killed daemon left, or makes one, and
 // ends the sockets whose encryption died with that daemon (T22).
 func (h *Host) openGuard() (*xdp.Guard, error) {
-	g, left, err := xdp.OpenGuard(h.caps.Ifindex, h.diverter.Mark(), h.policy)
+	if h.cfg.Guard == GuardOff {
+		_, ended, err := xdp.RemoveGuard(h.caps.Ifindex, h.cfg.GuardPins, xdp.DestroySocket)
+		h.ended = ended
+		h.log.Warn("the guard is off: forged segments can enter encrypted connections by side doors, and plaintext can leave by them")
+		return nil, err
+	}
+	g, left, err := xdp.OpenGuard(xdp.GuardConfig{
+		Ifindex: h.caps.Ifindex, Mark: h.diverter.Mark(), Policy: h.policy,
+		Cgroup: h.cfg.GuardCgroup, Pins: h.cfg.GuardPins, Complete: h.cfg.Guard == GuardOn,
+	})
 	if err != nil {
 		return nil, err
 	}
 	h.leftovers(g, left)
+	for _, l := range g.Layers() {
+		if l.Reason != "" {
+			h.log.Warn("a layer of the guard is not complete", "layer", l.Name, "active", l.Active, "why", l.Reason)
+		}
+	}
 	return g, nil
+}
+
+// guardState tells of the guard as Status does.
+func (h *Host) guardState() (state string, layers []GuardLayer) {
+	state, layers = "active", []GuardLayer{}
+	if h.guard == nil {
+		state = GuardOff
+	}
+	for _, l := range h.guard.Layers() {
+		layers = append(layers, GuardLayer{Layer: l.Name, Active: l.Active, Persistent: l.Persistent, Reason: l.Reason})
+		if !l.Active || !l.Persistent {
+			state = "partial"
+		}
+	}
+	return state, layers
 }
 
 // Cleanup removes what a killed daemon, or one that was told to keep it, left on
 // the interface: the guard, and the sockets of the connections that it keeps
-// shut. It reports whether there was one, and how many connections it ended.
-func Cleanup(iface string) (found bool, ended int, err error) {
+// shut. pins is HostConfig.GuardPins. It reports whether there was one, and how
+// many connections it ended.
+func Cleanup(iface, pins string) (found bool, ended int, err error) {
 	caps, err := xdp.Probe(iface)
 	if err != nil {
 		return false, 0, err
 	}
-	return xdp.RemoveGuard(caps.Ifindex, xdp.DestroySocket)
+	return xdp.RemoveGuard(caps.Ifindex, pins, xdp.DestroySocket)
 }
 
 func (h *Host) leftovers(g *xdp.Guard, left []xdp.FlowKey) {
@@ -635,11 +666,9 @@ func (h *Host) detach() error {
 	if h.tap != nil {
 		errs = append(errs, h.tap.Close())
 	}
-	switch {
-	case h.guard == nil:
-	case h.cfg.KeepGuard:
+	if h.cfg.KeepGuard {
 		h.guard.Close()
-	default:
+	} else {
 		errs = append(errs, h.guard.Remove())
 	}
 	for _, u := range h.umems {
@@ -650,13 +679,11 @@ func (h *Host) detach() error {
 
 // Status describes the daemon.
 func (h *Host) Status() Status {
+	guard, layers := h.guardState()
 	st := Status{
 		Interface: h.cfg.Interface, Driver: h.caps.Driver, MTU: int(h.mtu.Load()), Inner: h.tap.Name(), Mode: h.mode.String(),
-		Queues: slices.Clone(h.queues), Guard: "active", Engine: crypto.EngineName(), PID: os.Getpid(), Uptime: time.Since(h.start).Seconds(),
+		Queues: slices.Clone(h.queues), Guard: guard, Layers: layers, Engine: crypto.EngineName(), PID: os.Getpid(), Uptime: time.Since(h.start).Seconds(),
 		Draining: h.draining.Load(), Ended: h.ended, Poll: h.cfg.Poll.String(),
-	}
-	if h.guard == nil {
-		st.Guard = "missing"
 	}
 	handed := make(map[int]uint64) // by queue
 	h.each(func(w *worker) {
@@ -783,9 +810,7 @@ func (h *Host) Stats() Stats {
 		}
 	}
 	if d, err := h.guard.Counters(); err == nil {
-		for k, v := range d {
-			c["guard_"+k] = v
-		}
+		maps.Copy(c, d)
 	}
 	return out
 }

@@ -28,8 +28,8 @@ type slowSide struct {
 
 	recent  []recentFlow // oldest first
 	reasons map[string]uint64
-	guarded map[packet.Key]bool
-	gone    []packet.Key // that the machine has forgotten, see settle
+	guarded map[packet.Key]bool // listed in the guard; true: encryption may be on
+	gone    []packet.Key        // that the machine has forgotten, see settle
 }
 
 const (
@@ -163,6 +163,7 @@ func (s *slowSide) giveTo(to *worker, ev *Event) bool {
 		s.m.Adopt(moved, s.w.now())
 		return false
 	}
+	delete(s.guarded, key)
 	s.moved++
 	return true
 }
@@ -175,9 +176,10 @@ func (s *slowSide) settle(k *packet.Key) {
 	}
 }
 
-// divert lists a flow in the diversion map, and steers its packets from the
-// local stack to this worker.
+// divert lists a flow in the guard and in the diversion map, and steers its
+// packets from the local stack to this worker.
 func (s *slowSide) divert(k packet.Key) {
+	s.protect(k, false)
 	if err := s.h.diverter.InsertSteered(k.Bytes(), s.w.id); err != nil {
 		s.h.log.Warn("flow cannot be diverted", "flow", k.String(), "err", err)
 	}
@@ -188,8 +190,8 @@ func (s *slowSide) divert(k packet.Key) {
 func (s *slowSide) finish() {
 	for now := s.w.now(); s.round(now); {
 	}
-	for k := range s.guarded {
-		s.unguard(k, true)
+	for k, agreed := range s.guarded {
+		s.unguard(k, agreed)
 	}
 }
 
@@ -227,15 +229,15 @@ func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 			s.divert(a.Key)
 		case slowpath.Undivert:
 			s.w.transmit()
-			if s.guarded[a.Key] {
+			// The guard goes first: what passes the diversion must not meet it.
+			if _, ok := s.guarded[a.Key]; ok {
 				s.unguard(a.Key, false)
 			}
 			s.undivert(a.Key)
 		case slowpath.Guard:
-			s.guard(a.Key)
+			s.protect(a.Key, true)
 		case slowpath.Install:
-			// The guard stands before the inner handshake is released (T22).
-			s.guard(a.Est.Key)
+			s.protect(a.Est.Key, true)
 			eng.Install(a.Est, now)
 		case slowpath.Reinject:
 			eng.Reinject(a.Dir, a.Frame, now)
@@ -258,11 +260,15 @@ func (s *slowSide) undivert(k packet.Key) {
 	}
 }
 
-func (s *slowSide) guard(k packet.Key) {
-	if s.guarded[k] {
+// protect lets the guard stand from the offer on (T22): until the inner handshake
+// is released, a forged answer by a side door would be believed, and with it the
+// beginning of a stream that is encrypted afterwards.
+func (s *slowSide) protect(k packet.Key, agreed bool) {
+	before, ok := s.guarded[k]
+	s.guarded[k] = agreed || before
+	if ok {
 		return
 	}
-	s.guarded[k] = true
 	if err := s.h.guard.Insert(k.Bytes()); err != nil {
 		s.h.log.Warn("flow cannot be guarded", "flow", k.String(), "err", err)
 	}

@@ -230,7 +230,7 @@ func TestDiverterRelay(t *testing.T) {
 					if v6 {
 						host, peer = hostAddr6, peerAddr6
 					}
-					guard, leftovers, err := OpenGuard(l.nic.Attrs().Index, r.diverter.Mark(), Policy{})
+					guard, leftovers, err := OpenGuard(guardOf(t, l.nic.Attrs().Index, r.diverter.Mark()))
 					if err != nil || len(leftovers) != 0 {
 						t.Fatalf("guard: %v, %v", leftovers, err)
 					}
@@ -439,7 +439,7 @@ func TestAttachErrors(t *testing.T) {
 	attached.Lock()
 	delete(attached.programs, d.program)
 	attached.Unlock()
-	if g, _, err := OpenGuard(cfg.Ifindex, 1, Policy{}); !errors.Is(err, ErrGuardBusy) {
+	if g, _, err := OpenGuard(guardOf(t, cfg.Ifindex, 1)); !errors.Is(err, ErrGuardBusy) {
 		if err == nil {
 			g.Remove()
 		}

@@ -1,8 +1,13 @@
 package xdp
 
 import (
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -25,16 +30,28 @@ const (
 	handleMadeQdisc  = 0x7c02
 )
 
-// guardCounters names the counters of bpf/guard.c in the order of its enum.
+// guardCounters names the counters of bpf/guard.h in the order of its enum.
 var guardCounters = []string{
 	"guard_in_injected",
 	"guard_in_flow_dropped",
 	"guard_in_fragment_dropped",
 	"guard_in_icmp_dropped",
+	"guard_in_refused",
 	"guard_out_flow_dropped",
 	"guard_out_fragment_dropped",
-	"guard_in_refused",
+	"guard_out_icmp_dropped",
+	"guard_out_injected_dropped",
 	"guard_out_refused",
+	"guard_netfilter_in_flow_dropped",
+	"guard_netfilter_in_fragment_dropped",
+	"guard_netfilter_in_icmp_dropped",
+	"guard_netfilter_out_flow_dropped",
+	"guard_netfilter_out_fragment_dropped",
+	"guard_netfilter_out_icmp_dropped",
+	"guard_cgroup_in_flow_dropped",
+	"guard_cgroup_in_fragment_dropped",
+	"guard_cgroup_out_flow_dropped",
+	"guard_cgroup_out_fragment_dropped",
 }
 
 var guardHooks = [...]struct {
@@ -45,19 +62,31 @@ var guardHooks = [...]struct {
 	{netlink.HANDLE_MIN_EGRESS, "guard_egress"},
 }
 
-// A Guard drops packets of listed connections, and fragments of TCP between
-// their addresses, on one interface: inbound unless they carry the diverter's
-// mark, ICMP errors about them included, outbound whenever they get as far as
-// the guard. Tags and extension headers do not hide them. When the process dies
-// the diversion ends, but the sockets of the connections live on and would send
-// and take plaintext; the guard's filters stay on the interface and keep them
-// shut until the next process ends them, or a reboot.
+// A Guard keeps listed connections shut except for what the diverter injects
+// and takes. It has three layers:
+//
+//   - filters on the guarded interface drop what comes in without the
+//     diverter's mark, and whatever gets as far as the filter on its way out.
+//     Tags and extension headers do not hide a segment. Fragments of TCP between
+//     the addresses of listed connections are dropped, too;
+//   - hooks of the network namespace, behind reassembly, drop what comes in by
+//     any other way, and what leaves by another interface;
+//   - programs at a cgroup do the same for the sockets in it.
+//
+// ICMP errors about listed connections are dropped as well: inwards they could
+// shrink segments or end the connection, outwards they quote plaintext.
+//
+// When the process dies the diversion ends, but the sockets of the connections
+// live on and would send and take plaintext. The guard stays, and keeps them shut
+// until the next process ends them, or a reboot: filters live on the device, the
+// other layers in a BPF file system.
 //
 // In the same way it refuses new connections that its policy requires to be
-// encrypted and that nobody diverts, in both directions and at once.
+// encrypted and that nobody diverts, on the interface, in both directions and at
+// once.
 //
-// Any goroutine may call Counters, Insert and Delete; the other methods may be
-// called by one at a time.
+// A nil Guard guards nothing. Any goroutine may call Counters, Layers, Insert and
+// Delete; the other methods may be called by one at a time.
 type Guard struct {
 	netlink    *netlink.Handle // of the namespace the guard was opened in
 	device     netlink.Link
@@ -65,66 +94,124 @@ type Guard struct {
 	handle     uint32
 	priority   uint16
 	flows      *flowMap
+	inner      innerLayers
+	exits      *exitWatch
+}
+
+// GuardConfig says what is guarded, and how.
+type GuardConfig struct {
+	Ifindex int
+	Mark    uint32 // Diverter.Mark
+	Policy  Policy // what is refused
+
+	// Cgroup is the directory of the cgroup (version 2) whose sockets are
+	// guarded; "" is the root, for all sockets. Those of other network
+	// namespaces are passed before anything else.
+	Cgroup string
+	// Pins is a directory in a BPF file system, "" is where the system has one.
+	Pins string
+	// Complete makes anything less than all layers, and their outliving the
+	// process, an error: ErrGuardIncomplete.
+	Complete bool
 }
 
 // OpenGuard installs the guard on an interface of the calling thread's network
-// namespace; mark is Diverter.Mark. A guard that an earlier process left there
-// is replaced without a gap, and stays in force for the connections that it
-// listed, which are returned (without VLAN): the caller ends their sockets with
-// DestroySockets and then deletes them from the guard.
+// namespace. A guard that an earlier process left there, or on an interface of
+// the namespace that is gone, is replaced without a gap, and stays in force for
+// the connections that it listed, which are returned (without VLAN): the caller
+// ends their sockets with DestroySockets and then deletes them from the guard.
 //
 // It is called after AttachHost, which two processes cannot have done on one
 // interface: if the interface's diverting program is another process's, the
 // error is ErrGuardBusy.
-func OpenGuard(ifindex int, mark uint32, policy Policy) (_ *Guard, leftovers [][KeySize]byte, err error) {
-	if mark == 0 {
+func OpenGuard(cfg GuardConfig) (_ *Guard, leftovers [][KeySize]byte, err error) {
+	if cfg.Mark == 0 {
 		return nil, nil, fmt.Errorf("xdp: guard with mark 0 would let everything in")
 	}
 	g := &Guard{}
 	defer func() {
 		if err != nil {
+			_ = g.inner.remove()
 			g.Close()
-			err = fmt.Errorf("xdp: guard on interface %d: %w", ifindex, err)
+			err = fmt.Errorf("xdp: guard on interface %d: %w", cfg.Ifindex, err)
 		}
 	}()
-	if g.netlink, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	if err := g.find(cfg.Ifindex); err != nil {
 		return nil, nil, err
 	}
-	if g.device, err = g.netlink.LinkByIndex(ifindex); err != nil {
+	tag := newTag()
+	if err := g.load(cfg, tag); err != nil {
 		return nil, nil, err
 	}
-	if err := checkDiverter(g.device); err != nil {
-		return nil, nil, err
-	}
-	if err := g.load(mark, policy); err != nil {
-		return nil, nil, err
-	}
-	old, err := g.find()
+	old, err := g.earlier(cfg.Pins)
 	if err != nil {
 		return nil, nil, err
 	}
 	// Listed before the old filters go, so that there is no gap.
-	for _, id := range old {
-		keys, err := listedBy(id)
-		if err != nil {
+	if leftovers, err = old.flows(); err != nil {
+		return nil, nil, err
+	}
+	for _, key := range leftovers {
+		if err := g.Insert(key); err != nil {
 			return nil, nil, err
 		}
-		for _, key := range keys {
-			if err := g.Insert(key); err != nil {
-				return nil, nil, err
-			}
+	}
+	if g.exits, err = watchExits(g.netlink, g.collection.Maps["guard_exits"], cfg.Ifindex); err != nil {
+		return nil, nil, err
+	}
+	pins, pinsErr := g.newPins(cfg.Pins)
+	if pinsErr != nil && cfg.Pins != "" {
+		return nil, nil, pinsErr
+	}
+	g.inner.open(g.collection.Maps, tag, cfg.Cgroup, pins, pinsErr)
+	for _, l := range g.inner.layers {
+		if l.Reason != "" && cfg.Complete {
+			return nil, nil, fmt.Errorf("%w: %s layer: %s", ErrGuardIncomplete, l.Name, l.Reason)
 		}
 	}
-	for key := range g.each(&err) {
-		leftovers = append(leftovers, key)
-	}
-	if err != nil {
+	if err := g.install(len(old.filters) > 0); err != nil {
 		return nil, nil, err
 	}
-	if err := g.install(len(old) > 0); err != nil {
-		return nil, nil, err
+	if err := old.unpin(); err != nil {
+		return nil, nil, errors.Join(err, g.uninstall())
 	}
 	return g, leftovers, nil
+}
+
+// newTag returns the tag of injected packets, never 0.
+func newTag() uint16 {
+	var b [2]byte
+	rand.Read(b[:])
+	return max(1, binary.NativeEndian.Uint16(b[:]))
+}
+
+// find looks the interface up.
+func (g *Guard) find(ifindex int) (err error) {
+	if g.netlink, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return err
+	}
+	if g.device, err = g.netlink.LinkByIndex(ifindex); err != nil {
+		return err
+	}
+	return checkDiverter(g.device)
+}
+
+// newPins returns the directory for the guard's pins.
+func (g *Guard) newPins(dir string) (string, error) {
+	base, err := findBPFFS(dir)
+	if err != nil {
+		return "", err
+	}
+	space, err := pinsOfNamespace(base)
+	if err != nil {
+		return "", err
+	}
+	info, err := g.collection.Maps["guard_flows"].Info()
+	if err != nil {
+		return "", fmt.Errorf("read eBPF map: %w", err)
+	}
+	id, _ := info.ID()
+	return filepath.Join(space, fmt.Sprintf("%d_%d", g.device.Attrs().Index, id)), nil
 }
 
 // checkDiverter refuses an interface that is diverted by another process.
@@ -141,24 +228,82 @@ func checkDiverter(device netlink.Link) error {
 	return fmt.Errorf("%w (XDP program %d)", ErrGuardBusy, id)
 }
 
-func (g *Guard) load(mark uint32, policy Policy) error {
+func (g *Guard) load(cfg GuardConfig, tag uint16) error {
 	spec, err := bpf.LoadGuard()
 	if err != nil {
 		return fmt.Errorf("read eBPF object: %w", err)
 	}
-	if err := spec.Variables["mark"].Set(mark); err != nil {
-		return fmt.Errorf("set mark: %w", err)
+	if err := errors.Join(spec.Variables["mark"].Set(cfg.Mark), spec.Variables["tag"].Set(tag)); err != nil {
+		return fmt.Errorf("set eBPF variables: %w", err)
 	}
 	if g.collection, err = ebpf.NewCollection(spec); err != nil {
 		return loadError(err)
 	}
 	g.flows = newFlowMap(g.collection.Maps["guard_flows"], g.collection.Maps["guard_pairs"])
-	return policy.write(g.collection.Maps["policy"])
+	return cfg.Policy.write(g.collection.Maps["policy"])
 }
 
-// find returns the programs of the guard's filters on the interface, and sets
-// handle and priority to theirs, or to what new ones are to have.
-func (g *Guard) find() (programs []ebpf.ProgramID, err error) {
+// A leftGuard is what an earlier process left.
+type leftGuard struct {
+	filters  []ebpf.ProgramID // of the filters on the interface
+	programs []ebpf.ProgramID // of the pinned links
+	pins     []string         // the directories of these
+}
+
+// earlier returns what an earlier process left of the guard, and sets handle and
+// priority to those of its filters, or to what new ones are to have.
+func (g *Guard) earlier(pins string) (left leftGuard, err error) {
+	if left.filters, err = g.findFilters(); err != nil {
+		return left, err
+	}
+	base, err := findBPFFS(pins)
+	if err != nil {
+		return left, nil // then nothing is pinned
+	}
+	space, err := pinsOfNamespace(base)
+	if err != nil {
+		return left, err
+	}
+	left.pins, err = oldPins(space, g.device.Attrs().Index, func(ifindex int) bool {
+		var notFound netlink.LinkNotFoundError
+		_, err := g.netlink.LinkByIndex(ifindex)
+		return !errors.As(err, &notFound)
+	})
+	for _, dir := range left.pins {
+		programs, err := pinnedPrograms(dir)
+		if err != nil {
+			return left, err
+		}
+		left.programs = append(left.programs, programs...)
+	}
+	return left, err
+}
+
+func (l *leftGuard) found() bool { return len(l.filters)+len(l.pins) > 0 }
+
+// flows returns the connections that are listed.
+func (l *leftGuard) flows() (keys []FlowKey, err error) {
+	seen := make(map[ebpf.MapID]bool)
+	listed := make(map[FlowKey]bool)
+	for _, id := range slices.Concat(l.filters, l.programs) {
+		if err := listedBy(id, seen, listed); err != nil {
+			return nil, err
+		}
+	}
+	return slices.Collect(maps.Keys(listed)), nil
+}
+
+// unpin removes the layers that are pinned.
+func (l *leftGuard) unpin() error {
+	var errs []error
+	for _, dir := range l.pins {
+		errs = append(errs, removePins(dir))
+	}
+	return errors.Join(errs...)
+}
+
+// findFilters returns the programs of the guard's filters on the interface.
+func (g *Guard) findFilters() (programs []ebpf.ProgramID, err error) {
 	// The guard goes first, for another filter may end the classification. A
 	// priority holds filters of one kind and protocol, of which the last one
 	// added comes first.
@@ -188,61 +333,57 @@ func (g *Guard) find() (programs []ebpf.ProgramID, err error) {
 	return programs, nil
 }
 
-// listedBy returns the connections that another guard program has listed.
-func listedBy(id ebpf.ProgramID) ([]FlowKey, error) {
+// listedBy adds the connections that another guard program has listed, unless
+// its map was seen.
+func listedBy(id ebpf.ProgramID, seen map[ebpf.MapID]bool, listed map[FlowKey]bool) error {
 	program, err := ebpf.NewProgramFromID(id)
 	if err != nil {
-		return nil, fmt.Errorf("open program %d of the earlier guard: %w", id, err)
+		return fmt.Errorf("open program %d of the earlier guard: %w", id, err)
 	}
 	defer program.Close()
 	info, err := program.Info()
 	if err != nil {
-		return nil, fmt.Errorf("read program %d of the earlier guard: %w", id, err)
+		return fmt.Errorf("read program %d of the earlier guard: %w", id, err)
 	}
-	maps, _ := info.MapIDs()
-	for _, mapID := range maps {
-		m, err := ebpf.NewMapFromID(mapID)
-		if err != nil {
-			return nil, fmt.Errorf("open map %d of the earlier guard: %w", mapID, err)
-		}
-		defer m.Close()
-		info, err := m.Info()
-		if err != nil {
-			return nil, fmt.Errorf("read map %d of the earlier guard: %w", mapID, err)
-		}
-		if info.Name != "guard_flows" {
+	ids, _ := info.MapIDs()
+	for _, id := range ids {
+		if seen[id] {
 			continue
 		}
-		if m.KeySize() != KeySize {
-			return nil, fmt.Errorf("map %d of the earlier guard has keys of %d bytes", mapID, m.KeySize())
+		seen[id] = true
+		if err := listedIn(id, listed); err != nil {
+			return err
 		}
-		var keys []FlowKey
-		var key FlowKey
-		var value uint32
-		entries := m.Iterate()
-		for entries.Next(&key, &value) {
-			keys = append(keys, key)
-		}
-		if err := entries.Err(); err != nil {
-			return nil, fmt.Errorf("list connections of the earlier guard: %w", err)
-		}
-		return keys, nil
 	}
-	return nil, nil
+	return nil
 }
 
-func (g *Guard) each(err *error) func(yield func(FlowKey) bool) {
-	return func(yield func(FlowKey) bool) {
-		var key FlowKey
-		var value uint32
-		entries := g.flows.flows.Iterate()
-		for entries.Next(&key, &value) {
-			if !yield(key) {
-				return
-			}
-		}
-		*err = entries.Err()
+func listedIn(id ebpf.MapID, listed map[FlowKey]bool) error {
+	m, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		return fmt.Errorf("open map %d of the earlier guard: %w", id, err)
 	}
+	defer m.Close()
+	info, err := m.Info()
+	if err != nil {
+		return fmt.Errorf("read map %d of the earlier guard: %w", id, err)
+	}
+	if info.Name != "guard_flows" {
+		return nil
+	}
+	if m.KeySize() != KeySize {
+		return fmt.Errorf("map %d of the earlier guard has keys of %d bytes", id, m.KeySize())
+	}
+	var key FlowKey
+	var value uint32
+	entries := m.Iterate()
+	for entries.Next(&key, &value) {
+		listed[key] = true
+	}
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("list connections of the earlier guard: %w", err)
+	}
+	return nil
 }
 
 // install puts the filters onto the interface, or in the place of existing
@@ -325,26 +466,51 @@ func (g *Guard) uninstall() error {
 // Insert lists a connection: from now on only injected packets of it come in,
 // and none goes out but through the diversion. The VLAN of the key is ignored,
 // as a socket ignores it.
-func (g *Guard) Insert(key FlowKey) error { return g.flows.insert(withoutVLAN(key), 0) }
+func (g *Guard) Insert(key FlowKey) error {
+	if g == nil {
+		return nil
+	}
+	return g.flows.insert(withoutVLAN(key), 0)
+}
 
 // Delete unlists a connection, of which the socket must be gone. A connection
 // that is not listed is no error.
-func (g *Guard) Delete(key FlowKey) error { return g.flows.delete(withoutVLAN(key)) }
+func (g *Guard) Delete(key FlowKey) error {
+	if g == nil {
+		return nil
+	}
+	return g.flows.delete(withoutVLAN(key))
+}
 
 // Counters returns how many packets met which verdict since OpenGuard. Any
 // goroutine may call it.
 func (g *Guard) Counters() (map[string]uint64, error) {
+	if g == nil {
+		return nil, nil
+	}
 	return readCounters(g.collection.Maps["guard_counters"], guardCounters)
 }
 
-// Remove takes the guard off the interface. An interface that is gone has
-// taken it along and is no error. No other method may be called later.
+// Layers tells which parts of the guard are in force. Any goroutine may call it.
+func (g *Guard) Layers() []GuardLayer {
+	if g == nil {
+		return nil
+	}
+	return append([]GuardLayer{{Name: LayerInterface, Active: true, Persistent: true}}, g.inner.layers...)
+}
+
+// Remove ends the guard. An interface that is gone has taken its filters along
+// and is no error. No other method may be called later.
 func (g *Guard) Remove() error {
+	if g == nil {
+		return nil
+	}
 	err := g.uninstall()
 	var notFound netlink.LinkNotFoundError
 	if _, gone := g.netlink.LinkByIndex(g.device.Attrs().Index); errors.As(gone, &notFound) {
 		err = nil
 	}
+	err = errors.Join(err, g.inner.remove())
 	g.Close()
 	if err != nil {
 		return fmt.Errorf("xdp: remove guard from %s: %w", g.device.Attrs().Name, err)
@@ -352,62 +518,61 @@ func (g *Guard) Remove() error {
 	return nil
 }
 
-// RemoveGuard takes the guard that an earlier process left off an interface of
-// the calling thread's network namespace, and returns the connections that it
-// kept shut (without VLAN); their sockets are ended first by end, and the guard
-// stays if that fails. Without a guard it does nothing. The error is ErrGuardBusy
-// if a process diverts connections of the interface.
-func RemoveGuard(ifindex int, end func([KeySize]byte) error) (found bool, ended int, err error) {
+// RemoveGuard ends the guard that an earlier process left on an interface of the
+// calling thread's network namespace, or on one that is gone, and returns how
+// many connections it kept shut; their sockets are ended first by end, and the
+// guard stays if that fails. pins is GuardConfig.Pins. Without a guard it does
+// nothing. The error is ErrGuardBusy if a process diverts connections of the
+// interface.
+func RemoveGuard(ifindex int, pins string, end func([KeySize]byte) error) (found bool, ended int, err error) {
 	g := &Guard{}
 	defer g.Close()
-	if g.netlink, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-		return false, 0, err
-	}
-	if g.device, err = g.netlink.LinkByIndex(ifindex); err != nil {
+	if err := g.find(ifindex); err != nil {
 		return false, 0, fmt.Errorf("xdp: interface %d: %w", ifindex, err)
 	}
-	if err := checkDiverter(g.device); err != nil {
+	left, err := g.earlier(pins)
+	if err != nil || !left.found() {
 		return false, 0, err
 	}
-	programs, err := g.find()
-	if err != nil || len(programs) == 0 {
-		return false, 0, err
+	keys, err := left.flows()
+	if err != nil {
+		return true, 0, err
 	}
-	seen := make(map[FlowKey]bool)
-	for _, id := range programs {
-		keys, err := listedBy(id)
-		if err != nil {
-			return true, ended, err
+	for _, k := range keys {
+		if err := end(k); err != nil {
+			return true, ended, fmt.Errorf("xdp: the guard of %s stays: %w", g.device.Attrs().Name, err)
 		}
-		for _, k := range keys {
-			if seen[k] {
-				continue
+		ended++
+	}
+	if len(left.filters) > 0 {
+		// The filters go by handle and priority; the programs are the kernel's.
+		g.collection = &ebpf.Collection{Programs: map[string]*ebpf.Program{}}
+		for i, hook := range guardHooks {
+			p, err := ebpf.NewProgramFromID(left.filters[min(i, len(left.filters)-1)])
+			if err != nil {
+				return true, ended, fmt.Errorf("xdp: open the guard of %s: %w", g.device.Attrs().Name, err)
 			}
-			seen[k] = true
-			if err := end(k); err != nil {
-				return true, ended, fmt.Errorf("xdp: the guard of %s stays: %w", g.device.Attrs().Name, err)
-			}
-			ended++
+			g.collection.Programs[hook.program] = p
 		}
+		err = g.uninstall()
 	}
-	// The filters go by handle and priority; the programs are the kernel's.
-	g.collection = &ebpf.Collection{Programs: map[string]*ebpf.Program{}}
-	for i, hook := range guardHooks {
-		p, err := ebpf.NewProgramFromID(programs[min(i, len(programs)-1)])
-		if err != nil {
-			return true, ended, fmt.Errorf("xdp: open the guard of %s: %w", g.device.Attrs().Name, err)
-		}
-		g.collection.Programs[hook.program] = p
-	}
-	if err := g.uninstall(); err != nil {
+	if err := errors.Join(err, left.unpin()); err != nil {
 		return true, ended, fmt.Errorf("xdp: remove guard from %s: %w", g.device.Attrs().Name, err)
 	}
 	return true, ended, nil
 }
 
-// Close gives up the guard and leaves it in force, as the death of the process
-// does. No other method may be called later.
+// Close gives up the guard and leaves in force what outlives the process, as
+// the death of the process does. No other method may be called later.
 func (g *Guard) Close() {
+	if g == nil {
+		return
+	}
+	g.inner.close()
+	if g.exits != nil {
+		g.exits.stop()
+		g.exits = nil
+	}
 	if g.collection != nil {
 		g.collection.Close()
 		g.collection = nil

@@ -89,7 +89,7 @@ func divertedStream(t *testing.T, r *relay, g *Guard, port uint16) stream {
 
 func (r *relay) openGuard(t *testing.T) *Guard {
 	t.Helper()
-	g, left, err := OpenGuard(r.nic.Attrs().Index, r.diverter.Mark(), Policy{})
+	g, left, err := OpenGuard(guardOf(t, r.nic.Attrs().Index, r.diverter.Mark()))
 	if err != nil || len(left) != 0 {
 		t.Fatalf("leftovers %v, %v", left, err)
 	}
@@ -170,7 +170,7 @@ func TestGuardOutlivesDiverter(t *testing.T) {
 	}
 	noPlaintext(t, l, wire)
 	r.diverter.mark += 2
-	g, left, err := OpenGuard(l.nic.Attrs().Index, r.diverter.mark, Policy{})
+	g, left, err := OpenGuard(guardOf(t, l.nic.Attrs().Index, r.diverter.mark))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,7 +228,7 @@ func TestGuardChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g, _, err := OpenGuard(ifindex, d.Mark(), Policy{})
+	g, _, err := OpenGuard(guardOf(t, ifindex, d.Mark()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +269,7 @@ func TestGuardKilled(t *testing.T) {
 	}
 
 	// While it lives, there is no second one.
-	if _, _, err := OpenGuard(ifindex, 1, Policy{}); !errors.Is(err, ErrGuardBusy) {
+	if _, _, err := OpenGuard(guardOf(t, ifindex, 1)); !errors.Is(err, ErrGuardBusy) {
 		t.Errorf("guard beside a live process: %v", err)
 	}
 	if err := child.Process.Kill(); err != nil {
@@ -283,7 +283,7 @@ func TestGuardKilled(t *testing.T) {
 	if _, err := netlink.LinkByName("tcpcrypt0"); err == nil {
 		t.Error("the TAP device outlived the process")
 	}
-	g, left, err := OpenGuard(ifindex, 1, Policy{})
+	g, left, err := OpenGuard(guardOf(t, ifindex, 1))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,10 +299,10 @@ func TestGuardKilled(t *testing.T) {
 func TestGuardSharesQdisc(t *testing.T) {
 	l := newLab(t, 1, 1500)
 	index := l.nic.Attrs().Index
-	if _, _, err := OpenGuard(index, 0, Policy{}); err == nil {
+	if _, _, err := OpenGuard(guardOf(t, index, 0)); err == nil {
 		t.Error("mark 0 was accepted")
 	}
-	g, _, err := OpenGuard(index, 7, Policy{})
+	g, _, err := OpenGuard(guardOf(t, index, 7))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -330,7 +330,7 @@ func TestGuardSharesQdisc(t *testing.T) {
 		t.Fatalf("the other filter is gone: %v, %v", filters, err)
 	}
 	// The next guard finds the qdisc and leaves it.
-	if g, _, err = OpenGuard(index, 7, Policy{}); err != nil {
+	if g, _, err = OpenGuard(guardOf(t, index, 7)); err != nil {
 		t.Fatal(err)
 	}
 	if err := netlink.FilterDel(foreign); err != nil {
@@ -345,7 +345,7 @@ func TestGuardSharesQdisc(t *testing.T) {
 	}
 
 	// A guard whose interface goes.
-	if g, _, err = OpenGuard(index, 7, Policy{}); err != nil {
+	if g, _, err = OpenGuard(guardOf(t, index, 7)); err != nil {
 		t.Fatal(err)
 	}
 	if err := netlink.LinkDel(l.nic); err != nil {
@@ -362,8 +362,8 @@ func TestGuardVerdicts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const mark = 0x7654321
-	if err := spec.Variables["mark"].Set(uint32(mark)); err != nil {
+	const mark, tag = 0x7654321, 0x4321
+	if err := errors.Join(spec.Variables["mark"].Set(uint32(mark)), spec.Variables["tag"].Set(uint16(tag))); err != nil {
 		t.Fatal(err)
 	}
 	c, err := ebpf.NewCollection(spec)
@@ -405,6 +405,10 @@ func TestGuardVerdicts(t *testing.T) {
 	v6 := func(types ...byte) segment {
 		return segment{src: remote6, dst: local6, extra: chain(types...), extType: types[0]}
 	}
+	first := func(s segment, header int) segment { // more fragments follow
+		s.extra[header+3] = 1
+		return s
+	}
 	cases := []guardCase{
 		{"flow v4", segment{src: remote4, dst: local4}, tcShot, flow},
 		{"flow v4 with IP options", segment{src: remote4, dst: local4, ipOption: make([]byte, 40), options: make([]byte, 40)}, tcShot, flow},
@@ -425,8 +429,10 @@ func TestGuardVerdicts(t *testing.T) {
 		{"too many extensions", v6(slices.Repeat([]byte{destination}, 9)...), tcShot, pieces},
 		{"extensions of others", segment{src: other6, dst: local6, extra: chain(hop), extType: hop}, through, none},
 		{"fragment v6", v6(fragment), tcShot, pieces},
-		{"fragment v6 behind options", v6(hop, fragment), tcShot, pieces},
-		{"fragment v6 of options", v6(fragment, destination), tcShot, pieces},
+		{"fragment v6 behind options", first(v6(hop, fragment), 8), tcShot, pieces},
+		{"fragment v6 of options", first(v6(fragment, destination), 0), tcShot, pieces},
+		{"only fragment v6 behind options", v6(hop, fragment), tcShot, flow},
+		{"only fragment v6 of options", v6(fragment, destination), tcShot, flow},
 		{"fragment v6 of others", segment{src: other6, dst: local6, extra: chain(fragment), extType: fragment}, through, none},
 		{"extension of length 255", segment{src: remote6, dst: local6, extra: []byte{6, 255, 0, 0, 0, 0, 0, 0}, extType: hop}, tcShot, pieces},
 	}
@@ -465,22 +471,59 @@ func TestGuardVerdicts(t *testing.T) {
 		}
 	}
 
+	// An error quotes a packet that went the other way.
+	quoted := func(from, to netip.AddrPort, types ...byte) []byte {
+		s := segment{src: from, dst: to}
+		router := router4
+		if from.Addr().Is6() {
+			router = router6
+		}
+		if len(types) > 0 {
+			s.extra, s.extType = chain(types...), types[0]
+		}
+		kind := byte(3)
+		if from.Addr().Is6() {
+			kind = 2
+		}
+		return s.icmp(router, kind, 68)
+	}
+	wrapped := func(frame []byte, types ...byte) []byte { // ICMPv6 behind extension headers
+		headers := chain(types...)
+		headers[len(headers)-8] = 58
+		b := append(append(append([]byte(nil), frame[:54]...), headers...), frame[54:]...)
+		b[20] = types[0]
+		return b
+	}
 	for _, tc := range []struct {
 		name    string
-		frame   []byte
-		verdict uint32
+		in, out []byte
+		listed  bool
 	}{
-		{"ICMP error", segment{src: local4, dst: remote4}.icmp(router4, 3, 28), tcShot},
-		{"ICMPv6 error", segment{src: local6, dst: remote6}.icmp(router6, 2, 60), tcShot},
-		{"ICMP error about others", segment{src: local4, dst: other4}.icmp(router4, 3, 28), through},
+		{"v4", quoted(local4, remote4), quoted(remote4, local4), true},
+		{"v6", quoted(local6, remote6), quoted(remote6, local6), true},
+		{"v6 about extension headers", quoted(local6, remote6, hop, destination), quoted(remote6, local6, routing), true},
+		{"v6 about a fragment", quoted(local6, remote6, fragment), quoted(remote6, local6, fragment), true},
+		{"v6 about too many", quoted(local6, remote6, slices.Repeat([]byte{hop}, 9)...), quoted(remote6, local6, slices.Repeat([]byte{hop}, 9)...), true},
+		{"v6 behind extension headers", wrapped(quoted(local6, remote6), hop, destination), wrapped(quoted(remote6, local6), hop), true},
+		{"v6 behind and about them", wrapped(quoted(local6, remote6, hop), destination), wrapped(quoted(remote6, local6, hop), hop), true},
+		{"v4 of others", quoted(local4, other4), quoted(other4, local4), false},
+		{"v6 of others", quoted(local6, other6), quoted(other6, local6, hop), false},
+		{"v4, of the wrong direction", quoted(remote4, local4), quoted(local4, remote4), false},
 	} {
-		before := guardCount(t, g, "guard_in_icmp_dropped")
-		got, err := c.Programs["guard_ingress"].Run(&ebpf.RunOptions{Data: tc.frame})
-		if err != nil || got != tc.verdict {
-			t.Errorf("%s: verdict %d, want %d (%v)", tc.name, int32(got), int32(tc.verdict), err)
-		}
-		if moved := guardCount(t, g, "guard_in_icmp_dropped") - before; (moved == 1) != (got == tcShot) {
-			t.Errorf("%s: counter moved by %d", tc.name, moved)
+		for direction, frame := range map[string][]byte{"ingress": tc.in, "egress": tc.out} {
+			counter := map[string]string{"ingress": "guard_in_icmp_dropped", "egress": "guard_out_icmp_dropped"}[direction]
+			before := guardCount(t, g, counter)
+			got, err := c.Programs["guard_"+direction].Run(&ebpf.RunOptions{Data: frame})
+			want, moves := uint32(through), uint64(0)
+			if tc.listed {
+				want, moves = tcShot, 1
+			}
+			if err != nil || got != want {
+				t.Errorf("ICMP error %s, %s: verdict %d, want %d (%v)", tc.name, direction, int32(got), int32(want), err)
+			}
+			if moved := guardCount(t, g, counter) - before; moved != moves {
+				t.Errorf("ICMP error %s, %s: counter moved by %d", tc.name, direction, moved)
+			}
 		}
 	}
 

@@ -81,9 +81,9 @@ func setsockopt[T any](fd, option int, value *T) error {
 	return nil
 }
 
-func getsockopt[T any](fd, option int, value *T) error {
+func getsockopt[T any](fd, level, option int, value *T) error {
 	size := uint32(unsafe.Sizeof(*value))
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_XDP, uintptr(option),
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option),
 		uintptr(unsafe.Pointer(value)), uintptr(unsafe.Pointer(&size)), 0)
 	if errno != 0 {
 		return errno

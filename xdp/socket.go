@@ -280,7 +280,7 @@ func openSocket(u *Umem, cfg SocketConfig, flags uint16, owner *Socket) (_ *Sock
 	}
 
 	var options uint32
-	if err := getsockopt(fd, unix.XDP_OPTIONS, &options); err != nil {
+	if err := getsockopt(fd, unix.SOL_XDP, unix.XDP_OPTIONS, &options); err != nil {
 		return nil, fmt.Errorf("read mode: %w", err)
 	}
 	switch {
@@ -368,7 +368,7 @@ func (s *Socket) mapRings() error {
 		}
 	}
 	var off unix.XDPMmapOffsets
-	if err := getsockopt(s.fd, unix.XDP_MMAP_OFFSETS, &off); err != nil {
+	if err := getsockopt(s.fd, unix.SOL_XDP, unix.XDP_MMAP_OFFSETS, &off); err != nil {
 		return fmt.Errorf("read ring offsets: %w", err)
 	}
 	var err error
@@ -729,7 +729,7 @@ func (s *Socket) Statistics() (Statistics, error) {
 		ReceiveWakeups: s.count.rxWakes.Load(),
 	}
 	var k unix.XDPStatistics
-	if err := getsockopt(s.fd, unix.XDP_STATISTICS, &k); err != nil {
+	if err := getsockopt(s.fd, unix.SOL_XDP, unix.XDP_STATISTICS, &k); err != nil {
 		return st, fmt.Errorf("xdp: read socket statistics: %w", err)
 	}
 	st.RXDropped, st.RXInvalid, st.TXInvalid = k.Rx_dropped, k.Rx_invalid_descs, k.Tx_invalid_descs

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -57,8 +58,9 @@ type Daemon struct {
 }
 
 // Start runs the program on a host with the given further flags, and returns
-// when it has said that it is ready. The process is killed with its lab. Each
-// log line is passed to log, which may be nil.
+// when it has said that it is ready. The process is killed with its lab; what it
+// pins is in Lab.BPFFS and goes as well. Each log line is passed to log, which
+// may be nil.
 func Start(ctx context.Context, binary string, host *lab.Iface, log func(string), flags ...string) (*Daemon, error) {
 	f, err := os.CreateTemp(host.NS.Lab().Dir(), host.NS.ShortName()+"-*.sock")
 	if err != nil {
@@ -69,7 +71,16 @@ func Start(ctx context.Context, binary string, host *lab.Iface, log func(string)
 	if err := os.Remove(d.Control); err != nil {
 		return nil, err
 	}
-	d.cmd = host.NS.Command(context.WithoutCancel(ctx), binary, append([]string{"run", "--interface", host.Name, "--control", d.Control}, flags...)...)
+	pins, err := host.NS.Lab().BPFFS()
+	if err != nil {
+		return nil, err
+	}
+	args := []string{"run", "--interface", host.Name, "--control", d.Control, "--guard-pins", pins}
+	if host.NS.EmulatesVLAN() {
+		// To the guard that device is a side door.
+		args = append(args, "--guard", "off")
+	}
+	d.cmd = host.NS.Command(context.WithoutCancel(ctx), binary, append(args, flags...)...)
 	logs, err := d.cmd.StderrPipe()
 	if err != nil {
 		return nil, err
@@ -109,6 +120,35 @@ func Start(ctx context.Context, binary string, host *lab.Iface, log func(string)
 		_ = d.Process.Kill()
 		return nil, fmt.Errorf("daemon on %s is not ready: %w\n%s", host.NS.ShortName(), ctx.Err(), d.Logs())
 	}
+}
+
+// Cleanup runs `tcpcrypt run --cleanup` on a host and returns what it says.
+func Cleanup(ctx context.Context, binary string, host *lab.Iface) (string, error) {
+	pins, err := host.NS.Lab().BPFFS()
+	if err != nil {
+		return "", err
+	}
+	out, err := host.NS.Command(ctx, binary, "run", "--interface", host.Name, "--cleanup", "--guard-pins", pins).CombinedOutput()
+	return string(out), err
+}
+
+// Pinned lists what daemons of the lab have pinned.
+func Pinned(l *lab.Lab) (found []string, err error) {
+	root, err := l.BPFFS()
+	if err != nil {
+		return nil, err
+	}
+	// The kernel has entries of its own beside these.
+	err = filepath.WalkDir(filepath.Join(root, "tcpcrypt"), func(path string, _ fs.DirEntry, err error) error {
+		if err == nil {
+			found = append(found, path)
+		}
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return found, err
 }
 
 // Logs returns what the daemon has logged so far.

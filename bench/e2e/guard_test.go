@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 )
 
@@ -63,6 +64,14 @@ func attached(t *testing.T, host *lab.Iface) (diversion, guard []string) {
 		t.Fatal(err)
 	}
 	return diversion, guard
+}
+
+// nothingPinned fails when a daemon of the bed's lab left a pin.
+func (b *bed) nothingPinned() {
+	b.t.Helper()
+	if found, err := daemon.Pinned(b.path.A.NS.Lab()); err != nil || len(found) != 0 {
+		b.t.Errorf("pinned: %v, %v", found, err)
+	}
 }
 
 // chatter is a connection whose client keeps sending.
@@ -196,6 +205,7 @@ func TestKilled(t *testing.T) {
 			t.Errorf("after the stop are attached on %s: %v %v", host.NS.ShortName(), d, g)
 		}
 	}
+	b.nothingPinned()
 }
 
 // SIGTERM drains, aborts what is left, and leaves nothing behind.

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 )
 
@@ -37,13 +38,14 @@ func TestKeepGuard(t *testing.T) {
 		b.refused("after SIGTERM", v6)
 		b.turned().refused("after SIGTERM, inwards", v6)
 	}
-	out, err := b.path.A.NS.Command(b.ctx, program, "run", "--interface", b.path.A.Name, "--cleanup").CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "guard removed from") {
+	out, err := daemon.Cleanup(b.ctx, program, b.path.A)
+	if err != nil || !strings.Contains(out, "guard removed from") {
 		t.Errorf("cleanup: %v %s", err, out)
 	}
 	if d, g := attached(t, b.path.A); len(d)+len(g) != 0 {
 		t.Errorf("still attached: %v %v", d, g)
 	}
+	b.nothingPinned()
 	if err := b.exchange(false, make([]byte, 1000), make([]byte, 1000), nil); err != nil {
 		t.Errorf("plain connection after the cleanup: %v", err)
 	}

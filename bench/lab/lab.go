@@ -68,6 +68,7 @@ type Lab struct {
 	subnets uint32
 	cmds    map[*Cmd]struct{}
 	started bool // a process was ever started
+	bpffs   bool // a BPF file system is mounted in dir
 	atClose []func() error
 
 	closeOnce sync.Once
@@ -104,6 +105,38 @@ func (l *Lab) Name() string { return l.name }
 
 // Dir returns a directory for sockets, captures and logs that Close removes.
 func (l *Lab) Dir() string { return l.dir }
+
+// bpffsName is the mount point of a lab's BPF file system in its directory.
+const bpffsName = "bpf"
+
+// BPFFS returns the directory of a BPF file system, mounted by the first call.
+// What the lab's processes pin there outlives them, and goes with the lab.
+func (l *Lab) BPFFS() (string, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	dir := filepath.Join(l.dir, bpffsName)
+	if l.bpffs {
+		return dir, nil
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", fmt.Errorf("lab: BPF file system: %w", err)
+	}
+	if err := unix.Mount("bpf", dir, "bpf", 0, ""); err != nil {
+		return "", privilege(fmt.Errorf("lab: mount BPF file system: %w", err))
+	}
+	l.bpffs = true
+	return dir, nil
+}
+
+// removeDir removes a lab's directory and what is pinned in it.
+func removeDir(dir string) error {
+	// What is pinned goes even if a process keeps the mount.
+	err := os.RemoveAll(filepath.Join(dir, bpffsName, "tcpcrypt"))
+	if e := unix.Unmount(filepath.Join(dir, bpffsName), unix.MNT_DETACH); e != nil && e != unix.EINVAL && e != unix.ENOENT {
+		err = errors.Join(err, fmt.Errorf("lab: unmount BPF file system: %w", e))
+	}
+	return errors.Join(err, os.RemoveAll(dir))
+}
 
 // AtClose registers a function that Close calls before it takes anything down,
 // in reverse order of registration. On a closed lab it is called at once.
@@ -152,7 +185,7 @@ func (l *Lab) teardown() error {
 	for i := len(spaces) - 1; i >= 0; i-- {
 		errs = append(errs, spaces[i].remove())
 	}
-	errs = append(errs, os.RemoveAll(l.dir))
+	errs = append(errs, removeDir(l.dir))
 	return errors.Join(errs...)
 }
 
@@ -189,7 +222,7 @@ func Sweep() ([]string, error) {
 	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), namePrefix+"*.*.*"))
 	for _, d := range dirs {
 		if lab, ok := labOf(filepath.Base(d)); ok && !labAlive(lab) {
-			errs = append(errs, os.RemoveAll(d))
+			errs = append(errs, removeDir(d))
 		}
 	}
 	return removed, errors.Join(errs...)

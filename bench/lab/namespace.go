@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -23,6 +24,8 @@ type Namespace struct {
 	short string
 	file  *os.File
 	nl    *netlink.Handle
+
+	emulatesVLAN atomic.Bool
 }
 
 // Namespace makes a new namespace. name must be unique in the lab and a valid

@@ -18,7 +18,8 @@ import (
 // AddVLAN makes the 802.1Q subinterface NAME.ID with the given addresses and
 // brings it up; id is 1 to 4094. On a kernel without VLAN devices the
 // subinterface is a TAP device that this process connects to tagged frames of
-// the parent, which is slower and looks the same to both hosts.
+// the parent, which is slower and looks the same to both hosts, except that the
+// kernel takes it for an interface of its own, see EmulatesVLAN.
 func (i *Iface) AddVLAN(id int, addrs ...netip.Prefix) (*Iface, error) {
 	if id < 1 || id > 4094 {
 		return nil, fmt.Errorf("lab: VLAN %d: want 1 to 4094", id)
@@ -28,6 +29,7 @@ func (i *Iface) AddVLAN(id int, addrs ...netip.Prefix) (*Iface, error) {
 	a.ParentIndex = i.Index
 	err := i.NS.nl.LinkAdd(&netlink.Vlan{LinkAttrs: a, VlanId: id, VlanProtocol: netlink.VLAN_PROTOCOL_8021Q})
 	if errors.Is(err, unix.EOPNOTSUPP) {
+		i.NS.emulatesVLAN.Store(true)
 		err = i.emulateVLAN(a.Name, uint16(id))
 	}
 	if err != nil {
@@ -49,6 +51,10 @@ func (i *Iface) AddVLAN(id int, addrs ...netip.Prefix) (*Iface, error) {
 	}
 	return v, v.SetUp()
 }
+
+// EmulatesVLAN reports whether AddVLAN made a device in the namespace that the
+// kernel does not know for a part of its parent.
+func (n *Namespace) EmulatesVLAN() bool { return n.emulatesVLAN.Load() }
 
 // emulateVLAN makes a TAP device with the parent's MAC and MTU and starts to
 // carry its frames, tagged, over the parent until the lab is closed.

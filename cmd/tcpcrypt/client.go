@@ -258,6 +258,15 @@ func printStatus(w io.Writer, st fastpath.Status) {
 			fmt.Fprintf(w, "draining\tno new connection is encrypted\n")
 		}
 	})
+	if len(st.Layers) > 0 {
+		fmt.Fprintln(w)
+		table(w, func(w io.Writer) {
+			fmt.Fprintln(w, "GUARD LAYER\tACTIVE\tOUTLIVES THE DAEMON\tREASON")
+			for _, l := range st.Layers {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", l.Layer, yes(l.Active), yes(l.Persistent), dash(l.Reason))
+			}
+		})
+	}
 	if len(st.Queues) == 0 {
 		return
 	}
@@ -294,12 +303,8 @@ func printFlows(w io.Writer, flows []fastpath.FlowInfo) {
 	table(w, func(w io.Writer) {
 		fmt.Fprintln(w, "LOCAL\tREMOTE\tSTATE\tROLE\tTEP\tAEAD\tRESUMED\tIN\tOUT\tRETRANSMITS\tREKEYS\tWORKER\tAGE\tREASON")
 		for _, f := range flows {
-			resumed := "no"
-			if f.Resumed {
-				resumed = "yes"
-			}
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%d\t%v\t%s\n",
-				f.Local, f.Remote, f.State, dash(f.Role), dash(f.TEP), dash(f.AEAD), resumed,
+				f.Local, f.Remote, f.State, dash(f.Role), dash(f.TEP), dash(f.AEAD), yes(f.Resumed),
 				byteCount(f.BytesIn), byteCount(f.BytesOut), f.Retransmits, f.RekeysIn+f.RekeysOut,
 				f.Worker, seconds(f.Age), dash(f.Reason))
 		}
@@ -347,6 +352,13 @@ func dash(s string) string {
 		return "-"
 	}
 	return s
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
 }
 
 func seconds(s float64) time.Duration {

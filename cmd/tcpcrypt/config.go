@@ -16,6 +16,7 @@ import (
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
 )
 
 const defaultControl = "/run/tcpcrypt/control.sock"
@@ -50,6 +51,9 @@ type settings struct {
 	rekeyEvery   time.Duration
 	tcpKeepalive bool
 	keepGuard    bool
+	guard        choice
+	guardCgroup  string
+	guardPins    string
 	rules        []fastpath.Rule // of the file only
 	control      string
 	metrics      string
@@ -60,6 +64,7 @@ type settings struct {
 func newSettings() *settings {
 	s := &settings{
 		mode:      choice{"auto", []string{"auto", "zerocopy", "copy", "generic"}},
+		guard:     choice{fastpath.GuardAuto, []string{fastpath.GuardAuto, fastpath.GuardOn, fastpath.GuardOff}},
 		logFormat: choice{"text", []string{"text", "json"}},
 		poll:      choice{fastpath.PollHybrid.String(), fastpath.PollNames},
 		queues:    list[int]{parse: parseIndexes},
@@ -100,6 +105,9 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.BoolVar(&s.tcpKeepalive, "tcp-keepalive", false, "relay TCP keep-alives as they are, instead of asking the peer for an authenticated answer")
 	fs.BoolVar(&s.require, "require", false, "refuse connections that would stay plain")
 	fs.BoolVar(&s.keepGuard, "keep-guard", false, "after SIGTERM, still refuse connections that must not be plain, until the next start or --cleanup")
+	fs.Var(&s.guard, "guard", "keep encrypted connections shut to what does not come through the daemon: as far as the host allows, completely, or not")
+	fs.StringVar(&s.guardCgroup, "guard-cgroup", "", "guard the sockets in the cgroup at `DIR` (default all)")
+	fs.StringVar(&s.guardPins, "guard-pins", "", "keep the guard in the BPF file system at `DIR` (default /sys/fs/bpf)")
 	fs.StringVar(&s.control, "control", defaultControl, "`PATH` of the control socket; needed where several daemons run")
 	fs.StringVar(&s.metrics, "metrics", "", "serve Prometheus metrics at `ADDR`, like 127.0.0.1:9433")
 	fs.Var(&s.logFormat, "log-format", "format of the log on stderr")
@@ -145,10 +153,18 @@ func (s *settings) check() error {
 		return fmt.Errorf("resume-nonce: %d is not between 0 and %d", s.resumeNonce, crypto.MaxResumeNonce)
 	case s.rekeyEvery < 0:
 		return fmt.Errorf("rekey-every: %v is negative", s.rekeyEvery)
+	case s.guard.value == fastpath.GuardOff && s.keepGuard:
+		return errors.New("keep-guard: there is nothing to keep with guard = \"off\"")
+	case s.guard.value == fastpath.GuardOff && s.requires():
+		return errors.New("guard: \"off\" would let connections be plain that require says must not be, whenever the daemon does not run")
 	case s.drain < 0:
 		return fmt.Errorf("drain-timeout: %v is negative", s.drain)
 	}
 	return nil
+}
+
+func (s *settings) requires() bool {
+	return s.require || slices.ContainsFunc(s.rules, func(r fastpath.Rule) bool { return r.Policy.Verdict == slowpath.Require })
 }
 
 func (s *settings) hostConfig(log *slog.Logger) fastpath.HostConfig {
@@ -171,6 +187,7 @@ func (s *settings) hostConfig(log *slog.Logger) fastpath.HostConfig {
 		ResumeNonce: s.resumeNonce,
 		RekeyBytes:  uint64(s.rekeyBytes), RekeyFrames: uint64(s.rekeyFrames), RekeyEvery: s.rekeyEvery,
 		TCPKeepalive: s.tcpKeepalive, KeepGuard: s.keepGuard,
+		Guard: s.guard.value, GuardCgroup: s.guardCgroup, GuardPins: s.guardPins,
 		Rules: s.rules,
 		Log:   log,
 	}

@@ -46,7 +46,7 @@ func TestConfigDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.DiscardHandler)
-	want := fastpath.HostConfig{Interface: "eth0", Mode: "auto", NUMA: -1, TEPs: crypto.AllTEPs, AEADs: crypto.AllAEADs, ResumeNonce: 8, Log: log}
+	want := fastpath.HostConfig{Interface: "eth0", Mode: "auto", NUMA: -1, TEPs: crypto.AllTEPs, AEADs: crypto.AllAEADs, ResumeNonce: 8, Guard: fastpath.GuardAuto, Log: log}
 	if got := s.hostConfig(log); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
@@ -74,7 +74,7 @@ func TestConfigFile(t *testing.T) {
 
 		ResumeNonce: 4,
 		RekeyBytes:  1 << 20, RekeyFrames: 5000, RekeyEvery: time.Hour,
-		TCPKeepalive: true, KeepGuard: true,
+		TCPKeepalive: true, KeepGuard: true, Guard: fastpath.GuardOn, GuardCgroup: "/c", GuardPins: "/p",
 		Rules: []fastpath.Rule{
 			{RemotePorts: []fastpath.PortRange{{First: 22, Last: 22}, {First: 443, Last: 445}}, Policy: slowpath.Policy{Verdict: slowpath.Plain}},
 			{
@@ -95,6 +95,9 @@ func TestConfigFile(t *testing.T) {
 			rekey-every = "1h"
 			tcp-keepalive = true
 			keep-guard = true
+			guard = "on"
+			guard-cgroup = "/c"
+			guard-pins = "/p"
 			[[rule]]
 			remote-ports = [22, "443-445"]
 			action = "plain"
@@ -229,6 +232,10 @@ func TestConfigErrors(t *testing.T) {
 		{`drain-timeout = 5`, `drain-timeout: must be a string`},
 		{"interface = 'eth0'\ndrain-timeout = '-1s'", `drain-timeout: -1s is negative`},
 		{"interface = 'eth0'\nresume-nonce = 9", `resume-nonce: 9 is not between 0 and 8`},
+		{"interface = 'eth0'\nguard = 'maybe'", `guard: "maybe" is not one of auto, on, off`},
+		{"interface = 'eth0'\nguard = 'off'\nkeep-guard = true", `keep-guard: there is nothing to keep with guard = "off"`},
+		{"interface = 'eth0'\nguard = 'off'\nrequire = true", `guard: "off" would let connections be plain that require says must not be, whenever the daemon does not run`},
+		{"interface = 'eth0'\nguard = 'off'\n[[rule]]\naction = 'require'", `guard: "off" would let connections be plain that require says must not be, whenever the daemon does not run`},
 		{"interface = 'eth0'\nrekey-every = '-1s'", `rekey-every: -1s is negative`},
 		{`rekey-bytes = 0`, `rekey-bytes: "0" is not a number from 1 on`},
 		{`rekey-bytes = "1X"`, `rekey-bytes: "1X" is not a number from 1 on`},

@@ -176,7 +176,13 @@ func (h *fakeHost) Status() fastpath.Status {
 		Workers: []fastpath.WorkerStatus{
 			{CPU: -1, Queues: []int{0}, Flows: 2, HandedOver: 6}, {Worker: 1, CPU: 1, Queues: []int{1}, HalfOpen: 1, Received: 6},
 		},
-		Poll: "hybrid", Guard: "active", Engine: "std", PID: 42, Uptime: 61.4, Draining: h.draining, Flows: 2, HalfOpen: 1, Ended: 3,
+		Guard: "partial",
+		Layers: []fastpath.GuardLayer{
+			{Layer: "interface", Active: true, Persistent: true},
+			{Layer: "netfilter", Active: true, Reason: "it ends with the daemon: no BPF file system is mounted"},
+			{Layer: "cgroup", Reason: "the kernel cannot run it"},
+		},
+		Poll: "hybrid", Engine: "std", PID: 42, Uptime: 61.4, Draining: h.draining, Flows: 2, HalfOpen: 1, Ended: 3,
 	}
 }
 

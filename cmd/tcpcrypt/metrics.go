@@ -98,7 +98,9 @@ var (
 	descDraining = prometheus.NewDesc("tcpcrypt_draining",
 		"1 while the daemon is stopping and makes no new offers.", nil, nil)
 	descGuard = prometheus.NewDesc("tcpcrypt_guard_active",
-		"1 when plaintext cannot bypass the daemon of an encrypted flow.", nil, nil)
+		"1 when plaintext cannot bypass the daemon of an encrypted flow, nor after its death.", nil, nil)
+	descLayer = prometheus.NewDesc("tcpcrypt_guard_layer_active",
+		"1 when a layer of the guard is in force.", []string{"layer", "persistent"}, nil)
 	descQueue = prometheus.NewDesc("tcpcrypt_queue_mode",
 		"Always 1: the mode that a NIC queue got.", []string{"queue", "worker", "mode"}, nil)
 	descRefused = prometheus.NewDesc("tcpcrypt_queue_mode_refused",
@@ -113,7 +115,7 @@ var (
 
 func (hostCollector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{descEvents, descOutcomes, descFlows, descHalfOpen,
-		descUptime, descDraining, descGuard, descQueue, descRefused, descHanded, descWorker, descBuild} {
+		descUptime, descDraining, descGuard, descLayer, descQueue, descRefused, descHanded, descWorker, descBuild} {
 		descs <- d
 	}
 }
@@ -138,6 +140,9 @@ func (c hostCollector) Collect(metrics chan<- prometheus.Metric) {
 	gauge(descUptime, st.Uptime)
 	gauge(descDraining, oneIf(st.Draining))
 	gauge(descGuard, oneIf(st.Guard == "active"))
+	for _, l := range st.Layers {
+		gauge(descLayer, oneIf(l.Active), l.Layer, strconv.FormatBool(l.Persistent))
+	}
 	for _, q := range st.Queues {
 		gauge(descQueue, 1, strconv.Itoa(q.Queue), strconv.Itoa(q.Worker), q.Mode)
 		if q.Refused != "" {

@@ -47,7 +47,7 @@ The file may also have rules, which no flag can express.`,
 				return err
 			}
 			if clean {
-				return cleanup(s.iface, cmd.OutOrStdout())
+				return cleanup(s.iface, s.guardPins, cmd.OutOrStdout())
 			}
 			return runDaemon(cmd.Context(), s, start, cmd.ErrOrStderr())
 		},
@@ -60,8 +60,8 @@ The file may also have rules, which no flag can express.`,
 }
 
 // cleanup removes what a daemon left on the interface.
-func cleanup(iface string, w io.Writer) error {
-	found, ended, err := fastpath.Cleanup(iface)
+func cleanup(iface, pins string, w io.Writer) error {
+	found, ended, err := fastpath.Cleanup(iface, pins)
 	switch {
 	case err != nil:
 		return failure{err}

@@ -7,125 +7,16 @@
  * programs that divert. */
 #include "policy.h"
 
-#define MAX_FLOWS 262144
+#define GUARD_SOURCE struct __sk_buff *
+#define load(skb, at, to, length) bpf_skb_load_bytes(skb, at, to, length)
+#include "guard.h"
+
 #define MAX_TAGS 4
-#define MAX_EXTENSIONS 8
 #define DEFAULT_TTL 64
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_FLOWS);
-	__type(key, struct flow_key); /* vlan is 0: a socket takes packets of its
-				       * addresses and ports from any VLAN */
-	__type(value, __u32);
-} guard_flows SEC(".maps");
-
-/* Address pairs that have listed flows; user space counts them. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_FLOWS);
-	__type(key, struct pair_key);
-	__type(value, __u32);
-} guard_pairs SEC(".maps");
-
-/* The order is that of guardCounters in Go. */
-enum counter {
-	INGRESS_COUNT_INJECTED,
-	INGRESS_COUNT_FLOW,
-	INGRESS_COUNT_FRAGMENT,
-	INGRESS_COUNT_ICMP,
-	EGRESS_COUNT_FLOW,
-	EGRESS_COUNT_FRAGMENT,
-	INGRESS_COUNT_REFUSED,
-	EGRESS_COUNT_REFUSED,
-	COUNTER_MAX,
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, COUNTER_MAX);
-	__type(key, __u32);
-	__type(value, __u64);
-} guard_counters SEC(".maps");
 
 /* Set before loading: the mark of injected packets, never 0. With the process
  * gone nobody sets it. */
 const volatile __u32 mark;
-
-static __always_inline void count(__u32 counter)
-{
-	__u64 *value = bpf_map_lookup_elem(&guard_counters, &counter);
-
-	if (value)
-		*value += 1;
-}
-
-static __always_inline int walk_ports(struct __sk_buff *skb, __u32 at, struct packet *p, bool outbound)
-{
-	__be16 ports[2];
-
-	if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports)) ||
-	    bpf_skb_load_bytes(skb, at + 13, &p->flags, sizeof(p->flags)))
-		return KIND_TCP_FRAGMENT;
-	set_ports(&p->key, ports, outbound);
-	return KIND_TCP;
-}
-
-static __always_inline int walk_v4(struct __sk_buff *skb, __u32 at, struct packet *p, bool outbound)
-{
-	struct iphdr ip;
-
-	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.protocol != IPPROTO_TCP)
-		return KIND_OTHER;
-	set_addresses_v4(&p->key, &ip, outbound);
-	if (ip.frag_off & bpf_htons(IP_MF_OFFSET))
-		return KIND_TCP_FRAGMENT;
-	return walk_ports(skb, at + ip.ihl * 4, p, outbound);
-}
-
-static __always_inline int walk_v6(struct __sk_buff *skb, __u32 at, struct packet *p, bool outbound)
-{
-	struct ipv6hdr ip;
-	__u8 next;
-
-	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
-		return KIND_OTHER;
-	set_addresses_v6(&p->key, &ip, outbound);
-	next = ip.nexthdr;
-	at += sizeof(ip);
-	for (int i = 0; i < MAX_EXTENSIONS; i++) {
-		__u8 extension[2];
-
-		switch (next) {
-		case IPPROTO_TCP:
-			return walk_ports(skb, at, p, outbound);
-		case IPPROTO_HOPOPTS:
-		case IPPROTO_ROUTING:
-		case IPPROTO_DSTOPTS:
-		case IPPROTO_MH:
-		case IPPROTO_AH:
-			if (bpf_skb_load_bytes(skb, at, extension, sizeof(extension)))
-				return KIND_TCP_FRAGMENT;
-			at += next == IPPROTO_AH ? (extension[1] + 2) * 4 : (extension[1] + 1) * 8;
-			next = extension[0];
-			break;
-		case IPPROTO_FRAGMENT:
-			if (bpf_skb_load_bytes(skb, at, extension, sizeof(extension)))
-				return KIND_TCP_FRAGMENT;
-			switch (extension[0]) {
-			case IPPROTO_UDP:
-			case IPPROTO_ICMPV6:
-				return KIND_OTHER;
-			}
-			return KIND_TCP_FRAGMENT;
-		default:
-			return KIND_OTHER;
-		}
-	}
-	return KIND_TCP_FRAGMENT;
-}
 
 /* walk finds TCP behind what the plain parser stops at, several tags and the
  * extension headers of IPv6: the stack gets past them, so they must not hide a
@@ -157,30 +48,19 @@ static __noinline int walk(struct __sk_buff *skb, struct packet *p, bool outboun
 	return KIND_OTHER;
 }
 
-enum listed { UNLISTED, LISTED_FLOW, LISTED_FRAGMENT, LISTED_ICMP, REFUSED };
-
-static __always_inline enum listed look_up(struct __sk_buff *skb, struct packet *p, bool outbound)
+static __always_inline enum listed judge(struct __sk_buff *skb, struct packet *p, bool outbound)
 {
-	struct pair_key pair;
 	int kind = parse_skb(skb, p, outbound);
+	enum listed listed;
 
 	if (kind == KIND_EXTENSION || kind == KIND_STACKED) {
 		p->tcp = 0;
 		kind = walk(skb, p, outbound);
 	}
-	p->key.vlan = 0;
-	switch (kind) {
-	case KIND_TCP:
-		if (bpf_map_lookup_elem(&guard_flows, &p->key))
-			return LISTED_FLOW;
-		return is_syn(p->flags) && verdict(&p->key) == VERDICT_REQUIRE ? REFUSED : UNLISTED;
-	case KIND_ICMP_ERROR:
-		return bpf_map_lookup_elem(&guard_flows, &p->key) ? LISTED_ICMP : UNLISTED;
-	case KIND_TCP_FRAGMENT:
-		pair = pair_of(&p->key);
-		return bpf_map_lookup_elem(&guard_pairs, &pair) ? LISTED_FRAGMENT : UNLISTED;
-	}
-	return UNLISTED;
+	listed = look_up(p, kind);
+	if (listed == UNLISTED && kind == KIND_TCP && is_syn(p->flags) && verdict(&p->key) == VERDICT_REQUIRE)
+		return REFUSED;
+	return listed;
 }
 
 struct tcp_reset {
@@ -285,10 +165,11 @@ int guard_ingress(struct __sk_buff *skb)
 		/* It has served: routing rules and other programs shall not
 		 * see it, and it shall not get into another interface. */
 		skb->mark = 0;
+		skb->tc_index = tag;
 		count(INGRESS_COUNT_INJECTED);
 		return TC_ACT_UNSPEC;
 	}
-	switch (look_up(skb, &p, false)) {
+	switch (judge(skb, &p, false)) {
 	case REFUSED:
 		count(INGRESS_COUNT_REFUSED);
 		return refuse(skb, &p, false);
@@ -313,7 +194,11 @@ int guard_egress(struct __sk_buff *skb)
 {
 	struct packet p = {};
 
-	switch (look_up(skb, &p, true)) {
+	if (skb->tc_index == tag) { /* forwarded instead of received */
+		count(EGRESS_COUNT_INJECTED);
+		return TC_ACT_SHOT;
+	}
+	switch (judge(skb, &p, true)) {
 	case REFUSED:
 		count(EGRESS_COUNT_REFUSED);
 		return refuse(skb, &p, true);
@@ -323,7 +208,9 @@ int guard_egress(struct __sk_buff *skb)
 	case LISTED_FRAGMENT:
 		count(EGRESS_COUNT_FRAGMENT);
 		return TC_ACT_SHOT;
-	case LISTED_ICMP: /* not ours: the embedded packet would be of this host */
+	case LISTED_ICMP: /* it quotes what was injected */
+		count(EGRESS_COUNT_ICMP);
+		return TC_ACT_SHOT;
 	case UNLISTED:
 		break;
 	}

@@ -52,12 +52,14 @@ type GuardPolicy struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	GuardMapGuardCounters = "guard_counters"
+	GuardMapGuardExits    = "guard_exits"
 	GuardMapGuardFlows    = "guard_flows"
 	GuardMapGuardPairs    = "guard_pairs"
 	GuardMapPolicy        = "policy"
 	GuardProgGuardEgress  = "guard_egress"
 	GuardProgGuardIngress = "guard_ingress"
 	GuardVarMark          = "mark"
+	GuardVarTag           = "tag"
 )
 
 // LoadGuard returns the embedded CollectionSpec for Guard.
@@ -111,6 +113,7 @@ type GuardProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type GuardMapSpecs struct {
 	GuardCounters *ebpf.MapSpec `ebpf:"guard_counters"`
+	GuardExits    *ebpf.MapSpec `ebpf:"guard_exits"`
 	GuardFlows    *ebpf.MapSpec `ebpf:"guard_flows"`
 	GuardPairs    *ebpf.MapSpec `ebpf:"guard_pairs"`
 	Policy        *ebpf.MapSpec `ebpf:"policy"`
@@ -121,6 +124,7 @@ type GuardMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type GuardVariableSpecs struct {
 	Mark *ebpf.VariableSpec `ebpf:"mark"`
+	Tag  *ebpf.VariableSpec `ebpf:"tag"`
 }
 
 // GuardObjects contains all objects after they have been loaded into the kernel.
@@ -144,6 +148,7 @@ func (o *GuardObjects) Close() error {
 // It can be passed to LoadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type GuardMaps struct {
 	GuardCounters *ebpf.Map `ebpf:"guard_counters"`
+	GuardExits    *ebpf.Map `ebpf:"guard_exits"`
 	GuardFlows    *ebpf.Map `ebpf:"guard_flows"`
 	GuardPairs    *ebpf.Map `ebpf:"guard_pairs"`
 	Policy        *ebpf.Map `ebpf:"policy"`
@@ -152,6 +157,7 @@ type GuardMaps struct {
 func (m *GuardMaps) Close() error {
 	return _GuardClose(
 		m.GuardCounters,
+		m.GuardExits,
 		m.GuardFlows,
 		m.GuardPairs,
 		m.Policy,
@@ -163,6 +169,7 @@ func (m *GuardMaps) Close() error {
 // It can be passed to LoadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type GuardVariables struct {
 	Mark *ebpf.Variable `ebpf:"mark"`
+	Tag  *ebpf.Variable `ebpf:"tag"`
 }
 
 // GuardPrograms contains all programs after they have been loaded into the kernel.

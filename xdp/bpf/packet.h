@@ -19,6 +19,7 @@
 #include <bpf/bpf_helpers.h>
 
 #define VLAN_VID_MASK 0x0fff
+#define IP_OFFSET 0x1fff
 #define IP_MF_OFFSET 0x3fff /* more-fragments flag and offset */
 
 #define ICMP_DEST_UNREACH 3
@@ -59,8 +60,10 @@ enum kind {
 	KIND_OTHER,	   /* nothing that concerns a flow */
 	KIND_TCP,	   /* key, tcp, flags and header are set */
 	KIND_TCP_FRAGMENT, /* addresses of key are set */
-	KIND_ICMP_ERROR,   /* key is that of the embedded packet, which we sent */
-	KIND_EXTENSION,	   /* IPv6 with extension headers; addresses of key are set */
+	KIND_ICMP_ERROR,   /* key is that of the embedded packet, which went the
+			    * other way */
+	KIND_ICMP_FRAGMENT, /* the same, and only the addresses of key are set */
+	KIND_EXTENSION,	   /* IPv6 with extension headers, or an error about it */
 	KIND_STACKED,	   /* more than one tag, or a service tag */
 	KIND_SHORT,	   /* ends, or the linear part of it, before its headers do */
 };
@@ -118,6 +121,19 @@ static __always_inline struct pair_key pair_of(const struct flow_key *key)
 	return pair;
 }
 
+static __always_inline bool is_extension(__u8 type)
+{
+	switch (type) {
+	case IPPROTO_HOPOPTS:
+	case IPPROTO_ROUTING:
+	case IPPROTO_DSTOPTS:
+	case IPPROTO_MH:
+	case IPPROTO_AH:
+		return true;
+	}
+	return false;
+}
+
 static __always_inline int parse_tcp(void *data, void *end, void *l4, bool outbound, struct packet *p)
 {
 	__u8 *tcp = l4;
@@ -131,8 +147,20 @@ static __always_inline int parse_tcp(void *data, void *end, void *l4, bool outbo
 	return KIND_TCP;
 }
 
-/* An ICMP error carries the start of the packet that met it. */
-static __always_inline int parse_icmp4(void *end, void *l4, struct packet *p)
+static __always_inline bool is_icmp4_error(__u8 type)
+{
+	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB ||
+	       type == ICMP_SOURCE_QUENCH;
+}
+
+static __always_inline bool is_icmp6_error(__u8 type)
+{
+	return type >= ICMPV6_DEST_UNREACH && type <= ICMPV6_PARAMPROB;
+}
+
+/* An ICMP error carries the start of the packet that met it; outbound is that
+ * packet's direction. */
+static __always_inline int parse_icmp4(void *end, void *l4, bool outbound, struct packet *p)
 {
 	__u8 *icmp = l4;
 	struct iphdr *ip = l4 + ICMP_HEADER;
@@ -140,23 +168,22 @@ static __always_inline int parse_icmp4(void *end, void *l4, struct packet *p)
 
 	if (icmp + 1 > (__u8 *)end)
 		return KIND_SHORT;
-	if (*icmp != ICMP_DEST_UNREACH && *icmp != ICMP_TIME_EXCEEDED &&
-	    *icmp != ICMP_PARAMETERPROB && *icmp != ICMP_SOURCE_QUENCH)
+	if (!is_icmp4_error(*icmp))
 		return KIND_OTHER;
 	if ((void *)(ip + 1) > end)
 		return KIND_SHORT;
 	if (ip->version != 4 || ip->ihl < 5 || ip->protocol != IPPROTO_TCP ||
-	    ip->frag_off & bpf_htons(0x1fff))
+	    ip->frag_off & bpf_htons(IP_OFFSET))
 		return KIND_OTHER;
 	ports = (void *)ip + ip->ihl * 4;
 	if ((void *)(ports + 2) > end)
 		return KIND_SHORT;
-	set_addresses_v4(&p->key, ip, true);
-	set_ports(&p->key, ports, true);
+	set_addresses_v4(&p->key, ip, outbound);
+	set_ports(&p->key, ports, outbound);
 	return KIND_ICMP_ERROR;
 }
 
-static __always_inline int parse_icmp6(void *end, void *l4, struct packet *p)
+static __always_inline int parse_icmp6(void *end, void *l4, bool outbound, struct packet *p)
 {
 	__u8 *icmp = l4;
 	struct ipv6hdr *ip = l4 + ICMP_HEADER;
@@ -164,16 +191,20 @@ static __always_inline int parse_icmp6(void *end, void *l4, struct packet *p)
 
 	if (icmp + 1 > (__u8 *)end)
 		return KIND_SHORT;
-	if (*icmp < ICMPV6_DEST_UNREACH || *icmp > ICMPV6_PARAMPROB)
+	if (!is_icmp6_error(*icmp))
 		return KIND_OTHER;
 	if ((void *)(ip + 1) > end)
 		return KIND_SHORT;
-	if (ip->version != 6 || ip->nexthdr != IPPROTO_TCP)
+	if (ip->version != 6)
+		return KIND_OTHER;
+	set_addresses_v6(&p->key, ip, outbound);
+	if (ip->nexthdr == IPPROTO_FRAGMENT || is_extension(ip->nexthdr))
+		return KIND_EXTENSION;
+	if (ip->nexthdr != IPPROTO_TCP)
 		return KIND_OTHER;
 	if ((void *)(ports + 2) > end)
 		return KIND_SHORT;
-	set_addresses_v6(&p->key, ip, true);
-	set_ports(&p->key, ports, true);
+	set_ports(&p->key, ports, outbound);
 	return KIND_ICMP_ERROR;
 }
 
@@ -199,7 +230,7 @@ static __always_inline int parse_v4(void *data, void *end, void *l3, bool outbou
 		p->v4 = 1;
 		return parse_tcp(data, end, l4, outbound, p);
 	case IPPROTO_ICMP:
-		return parse_icmp4(end, l4, p);
+		return parse_icmp4(end, l4, !outbound, p);
 	}
 	return KIND_OTHER;
 }
@@ -219,21 +250,17 @@ static __always_inline int parse_v6(void *data, void *end, void *l3, bool outbou
 		set_addresses_v6(&p->key, ip, outbound);
 		return parse_tcp(data, end, l4, outbound, p);
 	case IPPROTO_ICMPV6:
-		return parse_icmp6(end, l4, p);
+		return parse_icmp6(end, l4, !outbound, p);
 	case IPPROTO_FRAGMENT:
 		set_addresses_v6(&p->key, ip, outbound);
 		if (next + 8 > (__u8 *)end)
 			return KIND_SHORT;
 		return *next == IPPROTO_TCP ? KIND_TCP_FRAGMENT : KIND_EXTENSION;
-	case IPPROTO_HOPOPTS:
-	case IPPROTO_ROUTING:
-	case IPPROTO_DSTOPTS:
-	case IPPROTO_AH:
-	case IPPROTO_MH:
-		set_addresses_v6(&p->key, ip, outbound);
-		return KIND_EXTENSION;
 	}
-	return KIND_OTHER;
+	if (!is_extension(ip->nexthdr))
+		return KIND_OTHER;
+	set_addresses_v6(&p->key, ip, outbound);
+	return KIND_EXTENSION;
 }
 
 /* p->key must be zero except for vlan, which is that of a tag that the kernel
@@ -273,7 +300,7 @@ static __always_inline int parse(void *data, void *end, bool outbound, struct pa
 
 /* parse_skb is parse for a socket buffer, whose headers need not be linear and
  * whose tag is usually in its metadata. */
-static __noinline int parse_skb(struct __sk_buff *skb, struct packet *p, bool outbound)
+static __noinline __attribute__((unused)) int parse_skb(struct __sk_buff *skb, struct packet *p, bool outbound)
 {
 	__u16 vlan = 0;
 	int kind;
