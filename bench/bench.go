@@ -75,6 +75,12 @@ func (r *MicroRow) benchmark() (string, []figure) {
 	if r.Bytes > 0 {
 		name += fmt.Sprintf("/bytes=%d", r.Bytes)
 	}
+	if r.Keys > 0 {
+		name += fmt.Sprintf("/keys=%d", r.Keys)
+	}
+	if r.Engine != "" {
+		name += "/engine=" + r.Engine
+	}
 	return name, []figure{{r.NsPer, "ns/op"}, {r.Allocs, "allocs/op"}}
 }
 

@@ -1,6 +1,11 @@
 package bench
 
-import "testing"
+import (
+	"testing"
+	"time"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+)
 
 // The pipeline's fast path does not allocate per packet, in either direction.
 func TestPipeline(t *testing.T) {
@@ -13,5 +18,37 @@ func TestPipeline(t *testing.T) {
 		if r.Allocs > 0.01 {
 			t.Errorf("%s of %d bytes in %d flows: %.3f allocations per packet", r.Direction, r.Payload, r.Flows, r.Allocs)
 		}
+	}
+}
+
+// Every engine has a row for every size, and no operation of the hot path
+// allocates.
+func TestMicro(t *testing.T) {
+	engines, was := crypto.Engines(), crypto.EngineName()
+	rows, err := Micro(MicroOptions{Keys: []int{1, 70}, Time: time.Microsecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seals := map[string]int{}
+	for _, r := range rows {
+		if r.NsPer <= 0 {
+			t.Errorf("%+v", r)
+		}
+		if r.Engine != "" && r.Bytes > 0 || r.Name == "checksum" {
+			if r.Allocs > 0 {
+				t.Errorf("%s of %d bytes, %s: %.1f allocations", r.Name, r.Bytes, r.Engine, r.Allocs)
+			}
+		}
+		if r.Name == "seal-aes128gcm" {
+			seals[r.Engine]++
+		}
+	}
+	for _, e := range engines {
+		if want := 2 * len(microSizes); seals[e] != want {
+			t.Errorf("%d rows of %s, want %d", seals[e], e, want)
+		}
+	}
+	if crypto.EngineName() != was {
+		t.Errorf("afterwards %s is used", crypto.EngineName())
 	}
 }

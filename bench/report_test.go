@@ -35,7 +35,7 @@ func testPage(t *testing.T) *Page {
 	}
 	p := &Page{}
 	for _, b := range [][]byte{
-		suite(t, "micro", []MicroRow{{Name: "seal-aes128gcm", Bytes: 1440, NsPer: 344}, {Name: "keyagreement-x25519", NsPer: 52000}, {Name: "lookup", NsPer: 12}}),
+		suite(t, "micro", []MicroRow{{Name: "seal-aes128gcm", Bytes: 1440, Keys: 1, Engine: "std", NsPer: 344}, {Name: "seal-aes128gcm", Bytes: 1440, Keys: 1000, Engine: "std", NsPer: 400}, {Name: "keyagreement-x25519", NsPer: 52000}, {Name: "lookup", NsPer: 12}}),
 		suite(t, "pipeline", pipeline),
 		suite(t, "peers", []WireRow{{Variant: "plain", Gbps: 20, CPUPerGB: 0.5}, {Variant: "tcpcrypt", Gbps: 3, CPUPerGB: 4, Resumed: true}}),
 		suite(t, "capacity", Capacity(pipeline, Costs{})),
@@ -49,7 +49,7 @@ func testPage(t *testing.T) *Page {
 
 func TestParseReport(t *testing.T) {
 	p := testPage(t)
-	if n := len(p.Charts); n != 3+4+7+4 {
+	if n := len(p.Charts); n != 4+4+7+4 {
 		t.Errorf("%d charts", n)
 	}
 	var out bytes.Buffer
@@ -151,8 +151,8 @@ func TestCapacity(t *testing.T) {
 }
 
 func TestBenchmark(t *testing.T) {
-	got := Benchmark(&MicroRow{Name: "seal-aes128gcm", Bytes: 64, NsPer: 123.456, Allocs: 0})
-	if want := "BenchmarkMicro/seal-aes128gcm/bytes=64 1 123.456 ns/op 0 allocs/op"; got != want {
+	got := Benchmark(&MicroRow{Name: "seal-aes128gcm", Bytes: 64, Keys: 1, Engine: "std", NsPer: 123.456, Allocs: 0})
+	if want := "BenchmarkMicro/seal-aes128gcm/bytes=64/keys=1/engine=std 1 123.456 ns/op 0 allocs/op"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -156,10 +156,10 @@ func TestEnginesAgree(t *testing.T) {
 	}
 }
 
-// TestVecOfManyKeys takes vectors shorter and longer than the distance at which
-// keys are fetched.
+// TestVecOfManyKeys takes vectors shorter and longer than what keys are fetched
+// for at once.
 func TestVecOfManyKeys(t *testing.T) {
-	for n := range 3 * ahead {
+	for n := range 3 * fetchBatch / 2 {
 		seals, opens := make([]SealOp, n), make([]OpenOp, n)
 		for i := range seals {
 			var raw [maxKeyLen]byte

@@ -174,11 +174,6 @@ func frameAAD(control byte, clen int) vaesgcm.AAD {
 // longer than MaxPlain, if dst is too short or overlaps src otherwise, or if
 // the key was erased.
 func (k *Key) Seal(dst, src []byte, control byte, offset uint64) int {
-	return k.seal(k, dst, src, control, offset)
-}
-
-// seal is Seal; next is the key whose memory is needed soon.
-func (k *Key) seal(next *Key, dst, src []byte, control byte, offset uint64) int {
 	if len(src) == 0 || len(src) > MaxPlain {
 		panic("crypto: Seal of an empty or oversized plaintext value")
 	}
@@ -193,7 +188,7 @@ func (k *Key) seal(next *Key, dst, src []byte, control byte, offset uint64) int 
 		}
 		dst[0] = control
 		binary.BigEndian.PutUint16(dst[1:], uint16(clen))
-		k.vec.Seal(&next.vec, k.nonce(offset), frameAAD(control, clen), dst[FrameHeader:], src)
+		k.vec.Seal(k.nonce(offset), frameAAD(control, clen), dst[FrameHeader:], src)
 		return len(dst)
 	}
 	dst[0] = control
@@ -210,11 +205,6 @@ func (k *Key) seal(next *Key, dst, src []byte, control byte, offset uint64) int 
 // says, if clen is below TagLen+1, or if the key was erased. The ciphertext of
 // a frame that is not authentic is lost.
 func (k *Key) Open(frame []byte, offset uint64) (plain []byte, ok bool) {
-	return k.open(k, frame, offset)
-}
-
-// open is Open; next is the key whose memory is needed soon.
-func (k *Key) open(next *Key, frame []byte, offset uint64) (plain []byte, ok bool) {
 	if len(frame) < FrameHeader+TagLen+1 {
 		return nil, false
 	}
@@ -223,7 +213,7 @@ func (k *Key) open(next *Key, frame []byte, offset uint64) (plain []byte, ok boo
 		return nil, false
 	}
 	if k.std == nil {
-		if !k.vec.Live() || !k.vec.Open(&next.vec, k.nonce(offset), frameAAD(frame[0], len(ct)), ct) {
+		if !k.vec.Live() || !k.vec.Open(k.nonce(offset), frameAAD(frame[0], len(ct)), ct) {
 			return nil, false
 		}
 		return ct[:len(ct)-TagLen], true
@@ -232,10 +222,11 @@ func (k *Key) open(next *Key, frame []byte, offset uint64) (plain []byte, ok boo
 	return plain, err == nil
 }
 
-// ahead is how many operations before its own a key is fetched into the cache.
-// Its lines come from memory while the frames in between are worked on; small
-// frames take a quarter of the time that memory does.
-const ahead = 4
+// fetchBatch is how many keys are fetched into the cache at once. A prefetch is
+// not done with before the address is translated, so that one for each operation
+// would cost nearly what it saves; many in a row overlap. 64 keys fill half of a
+// first-level cache.
+const fetchBatch = 64
 
 // SealOp is one frame to seal: the arguments of Key.Seal, and the flags.
 type SealOp struct {
@@ -251,17 +242,23 @@ type SealOp struct {
 // one after the other, and each writes Flags to Src[0] immediately before it
 // seals. Src[0] may therefore be the last byte of the Src of the operation
 // before, which is sealed by then: adjacent pieces of one buffer can be sealed
-// without copying. Keys are fetched into the cache ahead of their use. It does
-// not allocate and panics as Key.Seal does.
+// without copying. It does not allocate and panics as Key.Seal does.
 func SealVec(ops []SealOp) {
-	for i := range ops[:min(ahead, len(ops))] {
-		ops[i].Key.vec.Fetch()
-	}
-	for i := range ops {
-		op := &ops[i]
-		next := ops[min(i+ahead, len(ops)-1)].Key
-		op.Src[0] = op.Flags
-		op.Key.seal(next, op.Dst, op.Src, op.Control, op.Offset)
+	for len(ops) > 0 {
+		batch := ops[:min(fetchBatch, len(ops))]
+		ops = ops[len(batch):]
+		var last *Key
+		for i := range batch {
+			if k := batch[i].Key; k != last {
+				k.vec.Fetch()
+				last = k
+			}
+		}
+		for i := range batch {
+			op := &batch[i]
+			op.Src[0] = op.Flags
+			op.Key.Seal(op.Dst, op.Src, op.Control, op.Offset)
+		}
 	}
 }
 
@@ -277,15 +274,21 @@ type OpenOp struct {
 }
 
 // OpenVec opens frames in place, in the order of the slice, and sets Plain and
-// OK of each. Keys are fetched into the cache ahead of their use. It does not
-// allocate.
+// OK of each. It does not allocate.
 func OpenVec(ops []OpenOp) {
-	for i := range ops[:min(ahead, len(ops))] {
-		ops[i].Key.vec.Fetch()
-	}
-	for i := range ops {
-		op := &ops[i]
-		next := ops[min(i+ahead, len(ops)-1)].Key
-		op.Plain, op.OK = op.Key.open(next, op.Frame, op.Offset)
+	for len(ops) > 0 {
+		batch := ops[:min(fetchBatch, len(ops))]
+		ops = ops[len(batch):]
+		var last *Key
+		for i := range batch {
+			if k := batch[i].Key; k != last {
+				k.vec.Fetch()
+				last = k
+			}
+		}
+		for i := range batch {
+			op := &batch[i]
+			op.Plain, op.OK = op.Key.Open(op.Frame, op.Offset)
+		}
 	}
 }

@@ -618,7 +618,7 @@ func (e *Engine) end(f *flow, state uint8, reason string) {
 	f.ooo, f.runs, f.asm, f.asmHave, f.backlog, f.release = nil, nil, nil, 0, nil, nil
 	f.hdrN, f.txBytes, f.ctlBytes, f.cursor = 0, 0, 0, 0
 	f.sess.Erase()
-	f.sess, f.txKey = nil, nil
+	f.sess, f.txKey, f.rxKey = nil, nil, nil
 	f.timers = [numTimers]time.Duration{}
 	linger := lingerShort
 	switch {

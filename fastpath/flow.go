@@ -81,12 +81,13 @@ type flow struct {
 	runs      []run // the same, as runs for SACK
 	stamp     uint32
 	dsack     run
-	rxGen     uint32 // generation of the newest frame opened
-	rxGenQ    uint32 // generation of the newest frame queued for opening
-	finp      bool   // FINp was opened: the plaintext ends at dlvI
-	peerFin   bool   // an outer FIN was seen ...
-	peerFinO  uint64 // ... at this offset
-	finTaken  bool   // and acknowledged
+	rxGen     uint32      // generation of the newest frame opened
+	rxGenQ    uint32      // generation of the newest frame queued for opening
+	rxKey     *crypto.Key // of rxGenQ
+	finp      bool        // FINp was opened: the plaintext ends at dlvI
+	peerFin   bool        // an outer FIN was seen ...
+	peerFinO  uint64      // ... at this offset
+	finTaken  bool        // and acknowledged
 	ackNow    bool
 	innerAcks bool // the inner stack acknowledged something in this vector
 
@@ -235,6 +236,7 @@ func newFlow(est *slowpath.Established, now time.Duration) *flow {
 	f.unaO, f.sentO = uint64(est.TxAcked), f.sealO
 	f.edgeO = f.unaO + uint64(est.PeerWnd)
 	f.txKey = f.sess.SendKey(0)
+	f.rxKey = f.sess.RecvKey(0)
 	f.nxtO = uint64(est.RxOffset)
 	f.ackSentO = f.nxtO
 	f.rxEdge = max(uint64(est.RxEdge), f.nxtO)

@@ -145,13 +145,16 @@ func (e *Engine) queueOpen(f *flow, frame []byte, r ref, off uint32, mark uint8)
 		if f.rxGenQ != f.rxGen {
 			e.runOpen()
 		}
-		f.rxGenQ++
 	}
-	if f.state != flowLive {
+	if f.state != flowLive { // a frame that was opened above ended the flow
 		e.buf.release(r)
 		return
 	}
-	e.open = append(e.open, crypto.OpenOp{Key: f.sess.RecvKey(f.rxGenQ), Frame: frame, Offset: f.frameO})
+	if control != 0 {
+		f.rxGenQ++
+		f.rxKey = f.sess.RecvKey(f.rxGenQ)
+	}
+	e.open = append(e.open, crypto.OpenOp{Key: f.rxKey, Frame: frame, Offset: f.frameO})
 	e.openMeta = append(e.openMeta, openMeta{f, r, off, control, mark})
 	f.opening += uint64(len(frame))
 	e.touch(f)

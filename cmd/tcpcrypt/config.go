@@ -120,16 +120,18 @@ func (s *settings) flags() *pflag.FlagSet {
 	return fs
 }
 
+const engineFlagName = "aead-engine"
+
 // engineFlag adds the flag that useEngine follows.
 func engineFlag(fs *pflag.FlagSet, engine *string) {
-	fs.StringVar(engine, "aead-engine", "", "compute AES-GCM by `NAME`: vaes-avx512, vaes-avx2 or std (default the fastest here, or $"+crypto.EngineEnv+")")
+	fs.StringVar(engine, engineFlagName, "", "compute AES-GCM by `NAME`: vaes-avx512, vaes-avx2 or std (default the fastest here, or $"+crypto.EngineEnv+")")
 }
 
 // useEngine chooses the AEAD engine.
 func useEngine(name string) error {
 	if err := crypto.SetEngine(name); err != nil {
 		if name != "" {
-			err = fmt.Errorf("aead-engine: %w", err)
+			err = fmt.Errorf("%s: %w", engineFlagName, err)
 		}
 		return err
 	}

@@ -30,13 +30,13 @@ func BenchmarkAEAD(b *testing.B) {
 			k.Init(Form(form), key)
 			b.Run(fmt.Sprintf("seal/%s/%d", name, n), func(b *testing.B) {
 				for b.Loop() {
-					k.Seal(&k, Nonce{}, ShortAAD(0, 3), buf[:n+TagLen], buf[:n])
+					k.Seal(Nonce{}, ShortAAD(0, 3), buf[:n+TagLen], buf[:n])
 				}
 			})
 			b.Run(fmt.Sprintf("open/%s/%d", name, n), func(b *testing.B) {
-				k.Seal(&k, Nonce{}, ShortAAD(0, 3), buf[:n+TagLen], buf[:n])
+				k.Seal(Nonce{}, ShortAAD(0, 3), buf[:n+TagLen], buf[:n])
 				for b.Loop() {
-					k.Open(&k, Nonce{}, ShortAAD(0, 3), buf[:n+TagLen])
+					k.Open(Nonce{}, ShortAAD(0, 3), buf[:n+TagLen])
 				}
 			})
 		}

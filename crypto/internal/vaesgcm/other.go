@@ -12,12 +12,12 @@ func expand256(_, _ *byte, _ uint64)                 { panic(noCode) }
 func fetch(_ *byte)                                  { panic(noCode) }
 func ghash(_ *byte, _ *[2]uint64, _ *byte, _ uint64) { panic(noCode) }
 
-func seal128Wide(_, _ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64)   { panic(noCode) }
-func seal256Wide(_, _ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64)   { panic(noCode) }
-func seal128Narrow(_, _ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) { panic(noCode) }
-func seal256Narrow(_, _ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) { panic(noCode) }
+func seal128Wide(_ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64)   { panic(noCode) }
+func seal256Wide(_ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64)   { panic(noCode) }
+func seal128Narrow(_ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) { panic(noCode) }
+func seal256Narrow(_ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) { panic(noCode) }
 
-func open128Wide(_, _ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) uint64   { panic(noCode) }
-func open256Wide(_, _ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) uint64   { panic(noCode) }
-func open128Narrow(_, _ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) uint64 { panic(noCode) }
-func open256Narrow(_, _ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) uint64 { panic(noCode) }
+func open128Wide(_ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) uint64   { panic(noCode) }
+func open256Wide(_ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) uint64   { panic(noCode) }
+func open128Narrow(_ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) uint64 { panic(noCode) }
+func open256Narrow(_ *byte, _, _, _, _, _ uint64, _, _ *byte, _ uint64) uint64 { panic(noCode) }

@@ -32,59 +32,59 @@ func ghash(k *byte, y *[2]uint64, p *byte, n uint64)
 // seal128Wide encrypts n bytes from src to dst, which may be the same, and writes the
 // tag behind them. j0 is the counter block and y the block that GHASH takes
 // first, both as byte-reversed numbers; aadBits is the length of the additional
-// data. The key next is fetched into the cache meanwhile.
+// data.
 //
 //go:noescape
-func seal128Wide(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
+func seal128Wide(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
 
 // seal128Narrow encrypts n bytes from src to dst, which may be the same, and writes the
 // tag behind them. j0 is the counter block and y the block that GHASH takes
 // first, both as byte-reversed numbers; aadBits is the length of the additional
-// data. The key next is fetched into the cache meanwhile.
+// data.
 //
 //go:noescape
-func seal128Narrow(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
+func seal128Narrow(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
 
 // open128Wide decrypts n bytes from src to dst, which may be the same. The tag is
 // expected behind src; bad is 0 if it is right. The other arguments are those of
 // seal. The plaintext is written in any case.
 //
 //go:noescape
-func open128Wide(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
+func open128Wide(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
 
 // open128Narrow decrypts n bytes from src to dst, which may be the same. The tag is
 // expected behind src; bad is 0 if it is right. The other arguments are those of
 // seal. The plaintext is written in any case.
 //
 //go:noescape
-func open128Narrow(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
+func open128Narrow(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
 
 // seal256Wide encrypts n bytes from src to dst, which may be the same, and writes the
 // tag behind them. j0 is the counter block and y the block that GHASH takes
 // first, both as byte-reversed numbers; aadBits is the length of the additional
-// data. The key next is fetched into the cache meanwhile.
+// data.
 //
 //go:noescape
-func seal256Wide(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
+func seal256Wide(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
 
 // seal256Narrow encrypts n bytes from src to dst, which may be the same, and writes the
 // tag behind them. j0 is the counter block and y the block that GHASH takes
 // first, both as byte-reversed numbers; aadBits is the length of the additional
-// data. The key next is fetched into the cache meanwhile.
+// data.
 //
 //go:noescape
-func seal256Narrow(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
+func seal256Narrow(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
 
 // open256Wide decrypts n bytes from src to dst, which may be the same. The tag is
 // expected behind src; bad is 0 if it is right. The other arguments are those of
 // seal. The plaintext is written in any case.
 //
 //go:noescape
-func open256Wide(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
+func open256Wide(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
 
 // open256Narrow decrypts n bytes from src to dst, which may be the same. The tag is
 // expected behind src; bad is 0 if it is right. The other arguments are those of
 // seal. The plaintext is written in any case.
 //
 //go:noescape
-func open256Narrow(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
+func open256Narrow(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)

@@ -1,8 +1,7 @@
 // Package vaesgcm is AES-GCM (NIST SP 800-38D) with nonces of 12 bytes and tags
 // of 16, computed with the vector forms of the AES and carry-less multiplication
 // instructions of x86-64. It is made for packets: a short message costs few
-// instructions, a key fills five or six cache lines, and the key of the next
-// message is fetched while this one is worked on.
+// instructions, and a key fills five or six cache lines.
 //
 // No time, address or branch depends on keys, plaintext, or on whether a tag is
 // right before it has been compared as a whole. Nothing is read or written
@@ -118,9 +117,8 @@ func (k *Key) AAD(b []byte) AAD {
 const noKey = "vaesgcm: no key"
 
 // Seal encrypts src to dst, which has room for TagLen more bytes, and puts the
-// tag behind. src and dst begin at the same byte or do not overlap. next is the
-// key that is needed next, or k.
-func (k *Key) Seal(next *Key, nonce Nonce, aad AAD, dst, src []byte) {
+// tag behind. src and dst begin at the same byte or do not overlap.
+func (k *Key) Seal(nonce Nonce, aad AAD, dst, src []byte) {
 	n := uint64(len(src))
 	if uint64(len(dst)) < n+TagLen {
 		panic("vaesgcm: no room for the tag")
@@ -132,22 +130,21 @@ func (k *Key) Seal(next *Key, nonce Nonce, aad AAD, dst, src []byte) {
 	}
 	switch k.kind {
 	case wide128:
-		seal128Wide(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
+		seal128Wide(&k.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
 	case wide256:
-		seal256Wide(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
+		seal256Wide(&k.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
 	case narrow128:
-		seal128Narrow(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
+		seal128Narrow(&k.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
 	case narrow256:
-		seal256Narrow(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
+		seal256Narrow(&k.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, d, s, n)
 	default:
 		panic(noKey)
 	}
 }
 
 // Open authenticates and decrypts b in place, at least TagLen bytes that end
-// with the tag. If it returns false, what was ciphertext has become zeros. next
-// is the key that is needed next, or k.
-func (k *Key) Open(next *Key, nonce Nonce, aad AAD, b []byte) bool {
+// with the tag. If it returns false, what was ciphertext has become zeros.
+func (k *Key) Open(nonce Nonce, aad AAD, b []byte) bool {
 	if len(b) < TagLen {
 		return false
 	}
@@ -156,13 +153,13 @@ func (k *Key) Open(next *Key, nonce Nonce, aad AAD, b []byte) bool {
 	var bad uint64
 	switch k.kind {
 	case wide128:
-		bad = open128Wide(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
+		bad = open128Wide(&k.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
 	case wide256:
-		bad = open256Wide(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
+		bad = open256Wide(&k.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
 	case narrow128:
-		bad = open128Narrow(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
+		bad = open128Narrow(&k.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
 	case narrow256:
-		bad = open256Narrow(&k.b[0], &next.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
+		bad = open256Narrow(&k.b[0], nonce.counter(), nonce.Hi, aad.lo, aad.hi, aad.bits, p, p, n)
 	default:
 		panic(noKey)
 	}

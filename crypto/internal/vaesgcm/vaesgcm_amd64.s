@@ -655,20 +655,14 @@ loop:
 	VZEROUPPER
 	RET
 
-// func seal128Wide(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
-// Requires: AVX, AVX2, AVX512BW, AVX512F, BMI2, CMOV, MMX+, VAES, VPCLMULQDQ
-TEXT ·seal128Wide(SB), NOSPLIT, $0-80
-	MOVQ       k+0(FP), AX
-	MOVQ       next+8(FP), BX
-	MOVQ       n+72(FP), R9
-	MOVQ       src+64(FP), SI
-	MOVQ       dst+56(FP), DI
-	MOVQ       aadBits+48(FP), DX
-	PREFETCHT0 (BX)
-	PREFETCHT0 64(BX)
-	PREFETCHT0 128(BX)
-	PREFETCHT0 192(BX)
-	PREFETCHT0 256(BX)
+// func seal128Wide(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
+// Requires: AVX, AVX2, AVX512BW, AVX512F, BMI2, CMOV, VAES, VPCLMULQDQ
+TEXT ·seal128Wide(SB), NOSPLIT, $0-72
+	MOVQ k+0(FP), AX
+	MOVQ n+64(FP), R9
+	MOVQ src+56(FP), SI
+	MOVQ dst+48(FP), DI
+	MOVQ aadBits+40(FP), DX
 
 	// R8: blocks with slot and lengths, R10: vectors, RBX: lanes of padding
 	LEAQ 47(R9), R8
@@ -680,14 +674,14 @@ TEXT ·seal128Wide(SB), NOSPLIT, $0-80
 	SUBQ R8, BX
 
 	// Counters, less what the padding takes
-	MOVQ            j0lo+16(FP), R11
+	MOVQ            j0lo+8(FP), R11
 	MOVQ            R11, R12
 	SHRQ            $0x20, R12
 	SHLQ            $0x20, R12
 	SUBL            BX, R11
 	ORQ             R12, R11
 	VMOVQ           R11, X15
-	MOVQ            j0hi+24(FP), R12
+	MOVQ            j0hi+16(FP), R12
 	VPINSRQ         $0x01, R12, X15, X15
 	VSHUFI64X2      $0x00, Z15, Z15, Z15
 	VPADDD          lanes4<>+0(SB), Z15, Z15
@@ -747,9 +741,9 @@ TEXT ·seal128Wide(SB), NOSPLIT, $0-80
 	KANDQ   K1, K3, K4
 
 	// The block of additional data, in the slot's lane
-	MOVQ            ylo+32(FP), R11
+	MOVQ            ylo+24(FP), R11
 	VMOVQ           R11, X12
-	MOVQ            yhi+40(FP), R11
+	MOVQ            yhi+32(FP), R11
 	VPINSRQ         $0x01, R11, X12, X12
 	VSHUFI64X2.Z    $0x00, Z12, Z12, K2, Z12
 	SHLQ            $0x03, R9
@@ -1408,26 +1402,20 @@ end:
 	VPXOR         X4, X12, X12
 	VPSHUFB       bswap<>+0(SB), X12, X12
 	VPXOR         X11, X12, X12
-	MOVQ          n+72(FP), R8
-	MOVQ          dst+56(FP), DI
+	MOVQ          n+64(FP), R8
+	MOVQ          dst+48(FP), DI
 	VMOVDQU       X12, (DI)(R8*1)
 	VZEROUPPER
 	RET
 
-// func seal128Narrow(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
-// Requires: AVX, AVX2, MMX+, VAES, VPCLMULQDQ
-TEXT ·seal128Narrow(SB), NOSPLIT, $0-80
+// func seal128Narrow(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
+// Requires: AVX, AVX2, VAES, VPCLMULQDQ
+TEXT ·seal128Narrow(SB), NOSPLIT, $0-72
 	MOVQ           k+0(FP), AX
-	MOVQ           next+8(FP), BX
-	MOVQ           n+72(FP), R9
-	MOVQ           src+64(FP), SI
-	MOVQ           dst+56(FP), DI
-	MOVQ           aadBits+48(FP), DX
-	PREFETCHT0     (BX)
-	PREFETCHT0     64(BX)
-	PREFETCHT0     128(BX)
-	PREFETCHT0     192(BX)
-	PREFETCHT0     256(BX)
+	MOVQ           n+64(FP), R9
+	MOVQ           src+56(FP), SI
+	MOVQ           dst+48(FP), DI
+	MOVQ           aadBits+40(FP), DX
 	VBROADCASTI128 poly<>+0(SB), Y13
 
 	// R8: blocks of data, RBX: lanes of padding
@@ -1437,22 +1425,22 @@ TEXT ·seal128Narrow(SB), NOSPLIT, $0-80
 	ANDQ $0x01, BX
 
 	// Counters, less what the padding takes
-	MOVQ        j0lo+16(FP), R11
+	MOVQ        j0lo+8(FP), R11
 	MOVQ        R11, R12
 	SHRQ        $0x20, R12
 	SHLQ        $0x20, R12
 	SUBL        BX, R11
 	ORQ         R12, R11
 	VMOVQ       R11, X15
-	MOVQ        j0hi+24(FP), R12
+	MOVQ        j0hi+16(FP), R12
 	VPINSRQ     $0x01, R12, X15, X15
 	VINSERTI128 $0x01, X15, Y15, Y15
 	VPADDD      lanes2<>+0(SB), Y15, Y15
 
 	// The block of additional data
-	MOVQ    ylo+32(FP), R11
+	MOVQ    ylo+24(FP), R11
 	VMOVQ   R11, X12
-	MOVQ    yhi+40(FP), R11
+	MOVQ    yhi+32(FP), R11
 	VPINSRQ $0x01, R11, X12, X12
 
 	// The first vector
@@ -2245,26 +2233,20 @@ end:
 	VPXOR        X4, X6, X12
 	VPSHUFB      bswap<>+0(SB), X12, X12
 	VPXOR        X11, X12, X12
-	MOVQ         n+72(FP), R8
-	MOVQ         dst+56(FP), DI
+	MOVQ         n+64(FP), R8
+	MOVQ         dst+48(FP), DI
 	VMOVDQU      X12, (DI)(R8*1)
 	VZEROUPPER
 	RET
 
-// func open128Wide(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
-// Requires: AVX, AVX2, AVX512BW, AVX512F, BMI2, CMOV, MMX+, VAES, VPCLMULQDQ
-TEXT ·open128Wide(SB), NOSPLIT, $0-88
-	MOVQ       k+0(FP), AX
-	MOVQ       next+8(FP), BX
-	MOVQ       n+72(FP), R9
-	MOVQ       src+64(FP), SI
-	MOVQ       dst+56(FP), DI
-	MOVQ       aadBits+48(FP), DX
-	PREFETCHT0 (BX)
-	PREFETCHT0 64(BX)
-	PREFETCHT0 128(BX)
-	PREFETCHT0 192(BX)
-	PREFETCHT0 256(BX)
+// func open128Wide(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
+// Requires: AVX, AVX2, AVX512BW, AVX512F, BMI2, CMOV, VAES, VPCLMULQDQ
+TEXT ·open128Wide(SB), NOSPLIT, $0-80
+	MOVQ k+0(FP), AX
+	MOVQ n+64(FP), R9
+	MOVQ src+56(FP), SI
+	MOVQ dst+48(FP), DI
+	MOVQ aadBits+40(FP), DX
 
 	// R8: blocks with slot and lengths, R10: vectors, RBX: lanes of padding
 	LEAQ 47(R9), R8
@@ -2276,14 +2258,14 @@ TEXT ·open128Wide(SB), NOSPLIT, $0-88
 	SUBQ R8, BX
 
 	// Counters, less what the padding takes
-	MOVQ            j0lo+16(FP), R11
+	MOVQ            j0lo+8(FP), R11
 	MOVQ            R11, R12
 	SHRQ            $0x20, R12
 	SHLQ            $0x20, R12
 	SUBL            BX, R11
 	ORQ             R12, R11
 	VMOVQ           R11, X15
-	MOVQ            j0hi+24(FP), R12
+	MOVQ            j0hi+16(FP), R12
 	VPINSRQ         $0x01, R12, X15, X15
 	VSHUFI64X2      $0x00, Z15, Z15, Z15
 	VPADDD          lanes4<>+0(SB), Z15, Z15
@@ -2343,9 +2325,9 @@ TEXT ·open128Wide(SB), NOSPLIT, $0-88
 	KANDQ   K1, K3, K4
 
 	// The block of additional data, in the slot's lane
-	MOVQ            ylo+32(FP), R11
+	MOVQ            ylo+24(FP), R11
 	VMOVQ           R11, X12
-	MOVQ            yhi+40(FP), R11
+	MOVQ            yhi+32(FP), R11
 	VPINSRQ         $0x01, R11, X12, X12
 	VSHUFI64X2.Z    $0x00, Z12, Z12, K2, Z12
 	SHLQ            $0x03, R9
@@ -2896,30 +2878,24 @@ end:
 	VPXOR         X4, X12, X12
 	VPSHUFB       bswap<>+0(SB), X12, X12
 	VPXOR         X11, X12, X12
-	MOVQ          n+72(FP), R8
-	MOVQ          src+64(FP), SI
+	MOVQ          n+64(FP), R8
+	MOVQ          src+56(FP), SI
 	VPXOR         (SI)(R8*1), X12, X12
 	VMOVQ         X12, R8
 	VPEXTRQ       $0x01, X12, R11
 	ORQ           R11, R8
-	MOVQ          R8, bad+80(FP)
+	MOVQ          R8, bad+72(FP)
 	VZEROUPPER
 	RET
 
-// func open128Narrow(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
-// Requires: AVX, AVX2, MMX+, VAES, VPCLMULQDQ
-TEXT ·open128Narrow(SB), NOSPLIT, $0-88
+// func open128Narrow(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
+// Requires: AVX, AVX2, VAES, VPCLMULQDQ
+TEXT ·open128Narrow(SB), NOSPLIT, $0-80
 	MOVQ           k+0(FP), AX
-	MOVQ           next+8(FP), BX
-	MOVQ           n+72(FP), R9
-	MOVQ           src+64(FP), SI
-	MOVQ           dst+56(FP), DI
-	MOVQ           aadBits+48(FP), DX
-	PREFETCHT0     (BX)
-	PREFETCHT0     64(BX)
-	PREFETCHT0     128(BX)
-	PREFETCHT0     192(BX)
-	PREFETCHT0     256(BX)
+	MOVQ           n+64(FP), R9
+	MOVQ           src+56(FP), SI
+	MOVQ           dst+48(FP), DI
+	MOVQ           aadBits+40(FP), DX
 	VBROADCASTI128 poly<>+0(SB), Y13
 
 	// R8: blocks of data, RBX: lanes of padding
@@ -2929,22 +2905,22 @@ TEXT ·open128Narrow(SB), NOSPLIT, $0-88
 	ANDQ $0x01, BX
 
 	// Counters, less what the padding takes
-	MOVQ        j0lo+16(FP), R11
+	MOVQ        j0lo+8(FP), R11
 	MOVQ        R11, R12
 	SHRQ        $0x20, R12
 	SHLQ        $0x20, R12
 	SUBL        BX, R11
 	ORQ         R12, R11
 	VMOVQ       R11, X15
-	MOVQ        j0hi+24(FP), R12
+	MOVQ        j0hi+16(FP), R12
 	VPINSRQ     $0x01, R12, X15, X15
 	VINSERTI128 $0x01, X15, Y15, Y15
 	VPADDD      lanes2<>+0(SB), Y15, Y15
 
 	// The block of additional data
-	MOVQ    ylo+32(FP), R11
+	MOVQ    ylo+24(FP), R11
 	VMOVQ   R11, X12
-	MOVQ    yhi+40(FP), R11
+	MOVQ    yhi+32(FP), R11
 	VPINSRQ $0x01, R11, X12, X12
 
 	// The first vector
@@ -3610,31 +3586,24 @@ end:
 	VPXOR        X4, X6, X12
 	VPSHUFB      bswap<>+0(SB), X12, X12
 	VPXOR        X11, X12, X12
-	MOVQ         n+72(FP), R8
-	MOVQ         src+64(FP), SI
+	MOVQ         n+64(FP), R8
+	MOVQ         src+56(FP), SI
 	VPXOR        (SI)(R8*1), X12, X12
 	VMOVQ        X12, R8
 	VPEXTRQ      $0x01, X12, R11
 	ORQ          R11, R8
-	MOVQ         R8, bad+80(FP)
+	MOVQ         R8, bad+72(FP)
 	VZEROUPPER
 	RET
 
-// func seal256Wide(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
-// Requires: AVX, AVX2, AVX512BW, AVX512F, BMI2, CMOV, MMX+, VAES, VPCLMULQDQ
-TEXT ·seal256Wide(SB), NOSPLIT, $0-80
-	MOVQ       k+0(FP), AX
-	MOVQ       next+8(FP), BX
-	MOVQ       n+72(FP), R9
-	MOVQ       src+64(FP), SI
-	MOVQ       dst+56(FP), DI
-	MOVQ       aadBits+48(FP), DX
-	PREFETCHT0 (BX)
-	PREFETCHT0 64(BX)
-	PREFETCHT0 128(BX)
-	PREFETCHT0 192(BX)
-	PREFETCHT0 256(BX)
-	PREFETCHT0 320(BX)
+// func seal256Wide(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
+// Requires: AVX, AVX2, AVX512BW, AVX512F, BMI2, CMOV, VAES, VPCLMULQDQ
+TEXT ·seal256Wide(SB), NOSPLIT, $0-72
+	MOVQ k+0(FP), AX
+	MOVQ n+64(FP), R9
+	MOVQ src+56(FP), SI
+	MOVQ dst+48(FP), DI
+	MOVQ aadBits+40(FP), DX
 
 	// R8: blocks with slot and lengths, R10: vectors, RBX: lanes of padding
 	LEAQ 47(R9), R8
@@ -3646,14 +3615,14 @@ TEXT ·seal256Wide(SB), NOSPLIT, $0-80
 	SUBQ R8, BX
 
 	// Counters, less what the padding takes
-	MOVQ            j0lo+16(FP), R11
+	MOVQ            j0lo+8(FP), R11
 	MOVQ            R11, R12
 	SHRQ            $0x20, R12
 	SHLQ            $0x20, R12
 	SUBL            BX, R11
 	ORQ             R12, R11
 	VMOVQ           R11, X15
-	MOVQ            j0hi+24(FP), R12
+	MOVQ            j0hi+16(FP), R12
 	VPINSRQ         $0x01, R12, X15, X15
 	VSHUFI64X2      $0x00, Z15, Z15, Z15
 	VPADDD          lanes4<>+0(SB), Z15, Z15
@@ -3717,9 +3686,9 @@ TEXT ·seal256Wide(SB), NOSPLIT, $0-80
 	KANDQ   K1, K3, K4
 
 	// The block of additional data, in the slot's lane
-	MOVQ            ylo+32(FP), R11
+	MOVQ            ylo+24(FP), R11
 	VMOVQ           R11, X12
-	MOVQ            yhi+40(FP), R11
+	MOVQ            yhi+32(FP), R11
 	VPINSRQ         $0x01, R11, X12, X12
 	VSHUFI64X2.Z    $0x00, Z12, Z12, K2, Z12
 	SHLQ            $0x03, R9
@@ -4466,27 +4435,20 @@ end:
 	VPXOR         X4, X12, X12
 	VPSHUFB       bswap<>+0(SB), X12, X12
 	VPXOR         X11, X12, X12
-	MOVQ          n+72(FP), R8
-	MOVQ          dst+56(FP), DI
+	MOVQ          n+64(FP), R8
+	MOVQ          dst+48(FP), DI
 	VMOVDQU       X12, (DI)(R8*1)
 	VZEROUPPER
 	RET
 
-// func seal256Narrow(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
-// Requires: AVX, AVX2, MMX+, VAES, VPCLMULQDQ
-TEXT ·seal256Narrow(SB), NOSPLIT, $0-80
+// func seal256Narrow(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64)
+// Requires: AVX, AVX2, VAES, VPCLMULQDQ
+TEXT ·seal256Narrow(SB), NOSPLIT, $0-72
 	MOVQ           k+0(FP), AX
-	MOVQ           next+8(FP), BX
-	MOVQ           n+72(FP), R9
-	MOVQ           src+64(FP), SI
-	MOVQ           dst+56(FP), DI
-	MOVQ           aadBits+48(FP), DX
-	PREFETCHT0     (BX)
-	PREFETCHT0     64(BX)
-	PREFETCHT0     128(BX)
-	PREFETCHT0     192(BX)
-	PREFETCHT0     256(BX)
-	PREFETCHT0     320(BX)
+	MOVQ           n+64(FP), R9
+	MOVQ           src+56(FP), SI
+	MOVQ           dst+48(FP), DI
+	MOVQ           aadBits+40(FP), DX
 	VBROADCASTI128 poly<>+0(SB), Y13
 
 	// R8: blocks of data, RBX: lanes of padding
@@ -4496,22 +4458,22 @@ TEXT ·seal256Narrow(SB), NOSPLIT, $0-80
 	ANDQ $0x01, BX
 
 	// Counters, less what the padding takes
-	MOVQ        j0lo+16(FP), R11
+	MOVQ        j0lo+8(FP), R11
 	MOVQ        R11, R12
 	SHRQ        $0x20, R12
 	SHLQ        $0x20, R12
 	SUBL        BX, R11
 	ORQ         R12, R11
 	VMOVQ       R11, X15
-	MOVQ        j0hi+24(FP), R12
+	MOVQ        j0hi+16(FP), R12
 	VPINSRQ     $0x01, R12, X15, X15
 	VINSERTI128 $0x01, X15, Y15, Y15
 	VPADDD      lanes2<>+0(SB), Y15, Y15
 
 	// The block of additional data
-	MOVQ    ylo+32(FP), R11
+	MOVQ    ylo+24(FP), R11
 	VMOVQ   R11, X12
-	MOVQ    yhi+40(FP), R11
+	MOVQ    yhi+32(FP), R11
 	VPINSRQ $0x01, R11, X12, X12
 
 	// The first vector
@@ -5408,27 +5370,20 @@ end:
 	VPXOR        X4, X6, X12
 	VPSHUFB      bswap<>+0(SB), X12, X12
 	VPXOR        X11, X12, X12
-	MOVQ         n+72(FP), R8
-	MOVQ         dst+56(FP), DI
+	MOVQ         n+64(FP), R8
+	MOVQ         dst+48(FP), DI
 	VMOVDQU      X12, (DI)(R8*1)
 	VZEROUPPER
 	RET
 
-// func open256Wide(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
-// Requires: AVX, AVX2, AVX512BW, AVX512F, BMI2, CMOV, MMX+, VAES, VPCLMULQDQ
-TEXT ·open256Wide(SB), NOSPLIT, $0-88
-	MOVQ       k+0(FP), AX
-	MOVQ       next+8(FP), BX
-	MOVQ       n+72(FP), R9
-	MOVQ       src+64(FP), SI
-	MOVQ       dst+56(FP), DI
-	MOVQ       aadBits+48(FP), DX
-	PREFETCHT0 (BX)
-	PREFETCHT0 64(BX)
-	PREFETCHT0 128(BX)
-	PREFETCHT0 192(BX)
-	PREFETCHT0 256(BX)
-	PREFETCHT0 320(BX)
+// func open256Wide(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
+// Requires: AVX, AVX2, AVX512BW, AVX512F, BMI2, CMOV, VAES, VPCLMULQDQ
+TEXT ·open256Wide(SB), NOSPLIT, $0-80
+	MOVQ k+0(FP), AX
+	MOVQ n+64(FP), R9
+	MOVQ src+56(FP), SI
+	MOVQ dst+48(FP), DI
+	MOVQ aadBits+40(FP), DX
 
 	// R8: blocks with slot and lengths, R10: vectors, RBX: lanes of padding
 	LEAQ 47(R9), R8
@@ -5440,14 +5395,14 @@ TEXT ·open256Wide(SB), NOSPLIT, $0-88
 	SUBQ R8, BX
 
 	// Counters, less what the padding takes
-	MOVQ            j0lo+16(FP), R11
+	MOVQ            j0lo+8(FP), R11
 	MOVQ            R11, R12
 	SHRQ            $0x20, R12
 	SHLQ            $0x20, R12
 	SUBL            BX, R11
 	ORQ             R12, R11
 	VMOVQ           R11, X15
-	MOVQ            j0hi+24(FP), R12
+	MOVQ            j0hi+16(FP), R12
 	VPINSRQ         $0x01, R12, X15, X15
 	VSHUFI64X2      $0x00, Z15, Z15, Z15
 	VPADDD          lanes4<>+0(SB), Z15, Z15
@@ -5511,9 +5466,9 @@ TEXT ·open256Wide(SB), NOSPLIT, $0-88
 	KANDQ   K1, K3, K4
 
 	// The block of additional data, in the slot's lane
-	MOVQ            ylo+32(FP), R11
+	MOVQ            ylo+24(FP), R11
 	VMOVQ           R11, X12
-	MOVQ            yhi+40(FP), R11
+	MOVQ            yhi+32(FP), R11
 	VPINSRQ         $0x01, R11, X12, X12
 	VSHUFI64X2.Z    $0x00, Z12, Z12, K2, Z12
 	SHLQ            $0x03, R9
@@ -6136,31 +6091,24 @@ end:
 	VPXOR         X4, X12, X12
 	VPSHUFB       bswap<>+0(SB), X12, X12
 	VPXOR         X11, X12, X12
-	MOVQ          n+72(FP), R8
-	MOVQ          src+64(FP), SI
+	MOVQ          n+64(FP), R8
+	MOVQ          src+56(FP), SI
 	VPXOR         (SI)(R8*1), X12, X12
 	VMOVQ         X12, R8
 	VPEXTRQ       $0x01, X12, R11
 	ORQ           R11, R8
-	MOVQ          R8, bad+80(FP)
+	MOVQ          R8, bad+72(FP)
 	VZEROUPPER
 	RET
 
-// func open256Narrow(k *byte, next *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
-// Requires: AVX, AVX2, MMX+, VAES, VPCLMULQDQ
-TEXT ·open256Narrow(SB), NOSPLIT, $0-88
+// func open256Narrow(k *byte, j0lo uint64, j0hi uint64, ylo uint64, yhi uint64, aadBits uint64, dst *byte, src *byte, n uint64) (bad uint64)
+// Requires: AVX, AVX2, VAES, VPCLMULQDQ
+TEXT ·open256Narrow(SB), NOSPLIT, $0-80
 	MOVQ           k+0(FP), AX
-	MOVQ           next+8(FP), BX
-	MOVQ           n+72(FP), R9
-	MOVQ           src+64(FP), SI
-	MOVQ           dst+56(FP), DI
-	MOVQ           aadBits+48(FP), DX
-	PREFETCHT0     (BX)
-	PREFETCHT0     64(BX)
-	PREFETCHT0     128(BX)
-	PREFETCHT0     192(BX)
-	PREFETCHT0     256(BX)
-	PREFETCHT0     320(BX)
+	MOVQ           n+64(FP), R9
+	MOVQ           src+56(FP), SI
+	MOVQ           dst+48(FP), DI
+	MOVQ           aadBits+40(FP), DX
 	VBROADCASTI128 poly<>+0(SB), Y13
 
 	// R8: blocks of data, RBX: lanes of padding
@@ -6170,22 +6118,22 @@ TEXT ·open256Narrow(SB), NOSPLIT, $0-88
 	ANDQ $0x01, BX
 
 	// Counters, less what the padding takes
-	MOVQ        j0lo+16(FP), R11
+	MOVQ        j0lo+8(FP), R11
 	MOVQ        R11, R12
 	SHRQ        $0x20, R12
 	SHLQ        $0x20, R12
 	SUBL        BX, R11
 	ORQ         R12, R11
 	VMOVQ       R11, X15
-	MOVQ        j0hi+24(FP), R12
+	MOVQ        j0hi+16(FP), R12
 	VPINSRQ     $0x01, R12, X15, X15
 	VINSERTI128 $0x01, X15, Y15, Y15
 	VPADDD      lanes2<>+0(SB), Y15, Y15
 
 	// The block of additional data
-	MOVQ    ylo+32(FP), R11
+	MOVQ    ylo+24(FP), R11
 	VMOVQ   R11, X12
-	MOVQ    yhi+40(FP), R11
+	MOVQ    yhi+32(FP), R11
 	VPINSRQ $0x01, R11, X12, X12
 
 	// The first vector
@@ -6935,12 +6883,12 @@ end:
 	VPXOR        X4, X6, X12
 	VPSHUFB      bswap<>+0(SB), X12, X12
 	VPXOR        X11, X12, X12
-	MOVQ         n+72(FP), R8
-	MOVQ         src+64(FP), SI
+	MOVQ         n+64(FP), R8
+	MOVQ         src+56(FP), SI
 	VPXOR        (SI)(R8*1), X12, X12
 	VMOVQ        X12, R8
 	VPEXTRQ      $0x01, X12, R11
 	ORQ          R11, R8
-	MOVQ         R8, bad+80(FP)
+	MOVQ         R8, bad+72(FP)
 	VZEROUPPER
 	RET

@@ -52,14 +52,14 @@ func check(k *Key, ref cipher.AEAD, nonce *[12]byte, aad, plain, buf, apart []by
 		clear(buf)
 	}
 	n := NonceOf(nonce)
-	k.Seal(k, n, k.AAD(aad), buf, src)
+	k.Seal(n, k.AAD(aad), buf, src)
 	if !bytes.Equal(buf, want) {
 		return fmt.Errorf("sealed\n%x, want\n%x", buf, want)
 	}
 	if apart != nil && !bytes.Equal(apart, plain) {
 		return fmt.Errorf("source changed")
 	}
-	if !k.Open(k, n, k.AAD(aad), buf) {
+	if !k.Open(n, k.AAD(aad), buf) {
 		return fmt.Errorf("does not open")
 	}
 	if !bytes.Equal(buf[:len(plain)], plain) {
@@ -84,7 +84,7 @@ func forge(k *Key, nonce [12]byte, aad, sealed []byte, bit int) error {
 		}
 		bit -= 8 * len(p)
 	}
-	if k.Open(k, NonceOf(&nonce), k.AAD(aad), buf) {
+	if k.Open(NonceOf(&nonce), k.AAD(aad), buf) {
 		return fmt.Errorf("a forged message opens")
 	}
 	for i, b := range buf[:len(buf)-TagLen] {
@@ -238,8 +238,8 @@ func TestNothingBeyond(t *testing.T) {
 				mem[i] = 0xa5
 			}
 			b := mem[128:][:n+TagLen]
-			k.Seal(&k, Nonce{}, k.AAD(nil), b, b[:n])
-			k.Open(&k, Nonce{}, k.AAD(nil), b)
+			k.Seal(Nonce{}, k.AAD(nil), b, b[:n])
+			k.Open(Nonce{}, k.AAD(nil), b)
 			for i, v := range mem {
 				if (i < 128 || i >= 128+len(b)) && v != 0xa5 {
 					t.Fatalf("%d bytes: byte %d was written", n, i-128)

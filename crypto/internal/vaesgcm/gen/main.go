@@ -48,10 +48,10 @@ const (
 	offKeys = 112 // round keys
 )
 
-// keyLines is how many cache lines a key of AES-128 or AES-256 takes.
-func keyLines(rounds int) int { return (offKeys + 16*(rounds+1) + 63) / 64 }
+// keyLines is how many cache lines a key takes.
+const keyLines = (offKeys + 16*15 + 63) / 64
 
-const signature = "func(k, next *byte, j0lo, j0hi, ylo, yhi, aadBits uint64, dst, src *byte, n uint64)"
+const signature = "func(k *byte, j0lo, j0hi, ylo, yhi, aadBits uint64, dst, src *byte, n uint64)"
 
 func main() {
 	ConstraintExpr("amd64")
@@ -82,7 +82,7 @@ func begin(seal bool, rounds int, suffix string) {
 		Doc(name+" encrypts n bytes from src to dst, which may be the same, and writes the",
 			"tag behind them. j0 is the counter block and y the block that GHASH takes",
 			"first, both as byte-reversed numbers; aadBits is the length of the additional",
-			"data. The key next is fetched into the cache meanwhile.")
+			"data.")
 	} else {
 		Doc(name+" decrypts n bytes from src to dst, which may be the same. The tag is",
 			"expected behind src; bad is 0 if it is right. The other arguments are those of",
@@ -184,7 +184,7 @@ func fetch() {
 	Doc("fetch has the cache fetch a key.")
 	Pragma("noescape")
 	Load(Param("k"), key)
-	for i := range keyLines(14) {
+	for i := range keyLines {
 		PREFETCHT0(at(key, 64*i))
 	}
 	RET()

@@ -27,14 +27,10 @@ var (
 func narrow(seal bool, rounds int) {
 	begin(seal, rounds, "Narrow")
 	Load(Param("k"), key)
-	Load(Param("next"), RBX)
 	Load(Param("n"), size)
 	Load(Param("src"), src)
 	Load(Param("dst"), dst)
 	Load(Param("aadBits"), aad)
-	for i := range keyLines(rounds) {
-		PREFETCHT0(at(RBX, 64*i))
-	}
 	VBROADCASTI128(shared.poly, yPoly)
 
 	Comment("R8: blocks of data, RBX: lanes of padding")

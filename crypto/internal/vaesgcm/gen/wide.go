@@ -34,14 +34,10 @@ var zRegs = []VecPhysical{
 func wide(seal bool, rounds int) {
 	begin(seal, rounds, "Wide")
 	Load(Param("k"), key)
-	Load(Param("next"), RBX)
 	Load(Param("n"), size)
 	Load(Param("src"), src)
 	Load(Param("dst"), dst)
 	Load(Param("aadBits"), aad)
-	for i := range keyLines(rounds) {
-		PREFETCHT0(at(RBX, 64*i))
-	}
 
 	Comment("R8: blocks with slot and lengths, R10: vectors, RBX: lanes of padding")
 	LEAQ(at(size, 15+2*16), R8)
