@@ -129,7 +129,8 @@ func (m *Machine) acknowledged(f *flow, ack, wnd int) {
 // data takes payload of the peer's stream at the given offset.
 func (m *Machine) data(f *flow, s *packet.Segment, off int) {
 	before, held := f.rxNext(), len(f.rx.buf)
-	if grow := off + s.Len() - held; grow > 0 && m.rxHeld+grow > rxTotal {
+	end := off + s.Len()
+	if grow := end - held; grow > 0 && end > rxFair && m.rxHeld+grow > rxTotal {
 		m.count(dropLimit)
 		return
 	}

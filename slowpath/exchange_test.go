@@ -584,14 +584,18 @@ func TestPassiveReuse(t *testing.T) {
 	s.wantKinds()
 }
 
-// Bytes that there is no memory for are dropped without an acknowledgement.
+// Bytes that there is no memory for are dropped without an acknowledgement, but
+// peers that send what nobody waits for keep no other from its key exchange.
 func TestBudgets(t *testing.T) {
 	s := newScript(t, Config{})
 	s.passive(crypto.TEPX25519)
 	msg := s.init1(crypto.TEPX25519, false, nil)
 	s.m.rxHeld = rxTotal
-	s.outer(s.data(0, 0, msg))
+	s.outer(s.data(rxFair-100, 0, make([]byte, 101)))
 	s.wantKinds()
+	if s.m.Counters()[dropLimit] != 1 {
+		t.Error("not counted")
+	}
 	s.m.rxHeld = 0
 	// Holes beyond the bound are not filled ...
 	for i := range 2 * maxRxSpans {
@@ -601,6 +605,7 @@ func TestBudgets(t *testing.T) {
 		t.Errorf("%d spans", len(f.rx.have))
 	}
 	// ... and hold nothing up.
+	s.m.rxHeld += rxTotal
 	s.outer(s.data(0, 0, msg[:50]))
 	s.outer(s.data(50, 0, msg[50:]))
 	s.wantSession(s.installed(), msg)

@@ -6,6 +6,7 @@ import "slices"
 const (
 	rxAhead    = 64 << 10 // bytes beyond an unfinished Init message of one flow
 	rxTotal    = 64 << 20 // bytes of all half-open flows
+	rxFair     = 4 << 10  // bytes of one flow for which there is room in any case: an Init message of usual length
 	maxRxSpans = 32       // pieces of one stream, the in-order one included
 	openWindow = 16 << 10 // most bytes advertised while half-open (T19)
 )
