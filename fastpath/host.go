@@ -115,6 +115,9 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	if h.caps, err = xdp.Probe(cfg.Interface); err != nil {
 		return nil, err
 	}
+	if h.caps.Loopback {
+		return nil, fmt.Errorf("%s is the loopback device: its connections do not leave this host, and are not encrypted", cfg.Interface)
+	}
 	// Encryption is not offered before the kernel's generator is seeded
 	// (ENO 5, TC 8): this read blocks until it is.
 	if _, err = rand.Read(make([]byte, 32)); err != nil {

@@ -653,7 +653,7 @@ func TestProbe(t *testing.T) {
 			t.Errorf("with a VLAN: %+v, %v", c, err)
 		}
 	}
-	if c, err = Probe("lo"); err != nil || !c.Virtual || c.NativeXDP {
+	if c, err = Probe("lo"); err != nil || !c.Virtual || !c.Loopback || c.NativeXDP {
 		t.Errorf("%+v, %v", c, err)
 	}
 	if _, err := Probe("none"); err == nil {

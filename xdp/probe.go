@@ -21,7 +21,8 @@ type Capabilities struct {
 
 	// Virtual: packets may come from the same host, without a full checksum
 	// (only the pseudo-header's sum), and longer than the MTU in ModeGeneric.
-	Virtual bool
+	Virtual  bool
+	Loopback bool // the device on which the host talks to itself
 
 	RXQueues, TXQueues int // in use
 
@@ -55,7 +56,8 @@ func Probe(ifname string) (Capabilities, error) {
 	}
 	c.Ifindex, c.MTU = link.Attrs().Index, link.Attrs().MTU
 	c.Driver = link.Type()
-	c.Virtual = link.Type() != "device" || link.Attrs().RawFlags&unix.IFF_LOOPBACK != 0
+	c.Loopback = link.Attrs().RawFlags&unix.IFF_LOOPBACK != 0
+	c.Virtual = link.Type() != "device" || c.Loopback
 
 	tool, err := ethtool.NewEthtool()
 	if err != nil {

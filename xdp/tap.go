@@ -71,7 +71,7 @@ func OpenTAP(cfg TAPConfig) (_ *TAP, err error) {
 	defer func() {
 		if err != nil {
 			t.Close()
-			err = fmt.Errorf("xdp: TAP device %s: %w", cfg.Name, err)
+			err = fmt.Errorf("xdp: TAP device: %w", err)
 		}
 	}()
 	for range cfg.Queues {
@@ -108,6 +108,8 @@ func (t *TAP) addQueue() error {
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		return fmt.Errorf("open /dev/net/tun: no such device, is the module tun loaded?: %w", err)
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return fmt.Errorf("open /dev/net/tun: needs root: %w", err)
 	case err != nil:
 		return fmt.Errorf("open /dev/net/tun: %w", err)
 	}
@@ -126,9 +128,9 @@ func (t *TAP) addQueue() error {
 	request.SetUint16(flags)
 	switch err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); {
 	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("create: needs CAP_NET_ADMIN: %w", err)
+		return fmt.Errorf("create: needs root, or CAP_NET_ADMIN: %w", err)
 	case errors.Is(err, unix.EBUSY):
-		return fmt.Errorf("create: the name is taken: %w", err)
+		return fmt.Errorf("create: the name %s is taken: %w", t.name, err)
 	case err != nil:
 		return fmt.Errorf("create: %w", err)
 	}

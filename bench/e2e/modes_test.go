@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"os/exec"
@@ -40,17 +41,23 @@ func TestModes(t *testing.T) {
 			}
 		})
 	}
-	t.Run("zerocopy", func(t *testing.T) {
-		b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
-		out, err := b.path.A.NS.Command(b.ctx, program, "run", "--interface", b.path.A.Name, "--mode", "zerocopy", "--control", b.path.A.NS.Lab().Dir()+"/zc.sock").CombinedOutput()
-		var exit *exec.ExitError
-		if !errors.As(err, &exit) || exit.ExitCode() != 2 || strings.Count(strings.TrimSpace(string(out)), "\n") != 0 {
-			t.Errorf("zero-copy on a veth: %v\n%s", err, out)
-		}
-		if d, g := attached(t, b.path.A); len(d)+len(g) != 0 {
-			t.Errorf("still attached: %v %v", d, g)
-		}
-	})
+	for _, c := range []struct{ name, iface, mode, says string }{
+		{"zerocopy", "", "zerocopy", "no zero-copy"}, // a veth has none
+		{"loopback", "lo", "auto", "lo is the loopback device"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+			host := b.path.A
+			out, err := host.NS.Command(b.ctx, program, "run", "--interface", cmp.Or(c.iface, host.Name), "--mode", c.mode, "--control", host.NS.Lab().Dir()+"/no.sock").CombinedOutput()
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.ExitCode() != 2 || strings.Count(string(out), "\n") != 1 || !strings.Contains(string(out), c.says) {
+				t.Errorf("%v\n%s", err, out)
+			}
+			if d, g := attached(t, host); len(d)+len(g) != 0 {
+				t.Errorf("still attached: %v %v", d, g)
+			}
+		})
+	}
 }
 
 // Queues that are not to be served are taken from the interface while the

@@ -20,7 +20,8 @@ func newBenchCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bench micro|pipeline|wire|peers|capacity|report",
 		Short: "Measure the program on this machine",
-		Args:  exactArgs("SUITE"),
+		Args:  exactArgs(),
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Usage() },
 	}
 	var engine string
 	engineFlag(cmd.PersistentFlags(), &engine)

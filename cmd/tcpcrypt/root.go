@@ -21,6 +21,7 @@ stays the plain TCP connection that it would have been.`,
 		DisableSuggestions: true,
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
+	root.SetHelpCommand(newHelpCommand())
 	root.AddCommand(
 		newRunCommand(start),
 		newStatusCommand(),
@@ -34,6 +35,22 @@ stays the plain TCP connection that it would have been.`,
 		newVersionCommand(),
 	)
 	return root
+}
+
+// newHelpCommand is cobra's own, but for what it says about no command.
+func newHelpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "Show the help of a command",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			of, _, err := cmd.Root().Find(args)
+			if err != nil {
+				return err
+			}
+			of.InitDefaultHelpFlag()
+			return of.Help()
+		},
+	}
 }
 
 // exactArgs is cobra.ExactArgs with an error that names what is missing.
