@@ -98,13 +98,12 @@ func TestNoDaemon(t *testing.T) {
 // The peer is not told of a larger segment than the MTU, which may be below that
 // of the inner stack, allows. A change is for flows that begin after it.
 func TestAnnouncedMSS(t *testing.T) {
-	s := newScript(t, Config{})
 	mss := func(p *packet.Segment) int {
 		o := readSYNOptions(p.Options())
 		return o.mss
 	}
 	for _, c := range []struct{ mtu, want int }{{1500, 1460}, {1400, 1360}, {9000, 1460}} {
-		s = newScript(t, Config{})
+		s := newScript(t, Config{})
 		s.m.SetMTU(c.mtu)
 		if n := mss(s.connect()); n != c.want {
 			t.Errorf("MTU %d: the SYN announces %d, want %d", c.mtu, n, c.want)
