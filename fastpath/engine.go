@@ -826,7 +826,9 @@ func (e *Engine) flushFlow(f *flow) {
 // ackOuter decides whether the peer gets an ACK now. In steady state the inner
 // stack's own ACKs set the pace; out of order, inside a frame, and when the
 // inner window is closed, the daemon follows TCP's rule of every second
-// segment (T1).
+// segment (T1). For a while after a gap every segment is
+// acknowledged, as Linux does it: the peer's window may be a single segment then,
+// and the inner stack, which saw no gap, would delay the ACK of it.
 func (e *Engine) ackOuter(f *flow) {
 	un := f.nxtO - f.ackSentO
 	target := e.rxTarget(f)
@@ -837,9 +839,13 @@ func (e *Engine) ackOuter(f *flow) {
 	now = now || min(un, partial) >= 2*mss
 	now = now || un >= 2*mss && (f.sntI < f.dlvI || !f.innerUp)
 	now = now || opened && partial > 0
+	now = now || un > 0 && f.quickAcks > 0
 	f.innerAcks = false
 	switch {
 	case now:
+		if un > 0 && f.quickAcks > 0 {
+			f.quickAcks--
+		}
 		e.sendOuterAck(f, f.sentO)
 	case un > 0 && f.timers[timerAck] == 0:
 		e.arm(f, timerAck, e.now+delayedAck)
@@ -880,7 +886,7 @@ func (e *Engine) fire(f *flow, which int) {
 			return
 		}
 		e.runSeal()
-		e.xmit(f, from, to, false, true)
+		e.xmit(f, from, to, f.outMSS, false, true)
 		f.ctlRTO = min(2*f.ctlRTO, minRTO<<(maxCtlTries+1))
 		e.arm(f, timerCtl, e.now+f.ctlRTO)
 	}

@@ -89,7 +89,8 @@ type flow struct {
 	peerFinO  uint64      // ... at this offset
 	finTaken  bool        // and acknowledged
 	ackNow    bool
-	innerAcks bool // the inner stack acknowledged something in this vector
+	quickAcks uint8 // so many segments are acknowledged at once
+	innerAcks bool  // the inner stack acknowledged something in this vector
 
 	dlvI      uint64 // end of the plaintext in custody
 	sntI      uint64 // plaintext below was given to the inner stack; the FIN counts as one

@@ -1136,6 +1136,53 @@ func TestProbePassed(t *testing.T) {
 	}
 }
 
+// An inner stack that has made its segments smaller, because larger ones vanish,
+// gets what it repeats sent in segments of that size.
+func TestResendSmaller(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	want := content(4, 0, 4320)
+	r.inner(seg{data: bytes.Clone(want), gso: 1440})
+	for _, s := range []seg{{data: bytes.Clone(want[:1000])}, {o: 1000, data: bytes.Clone(want[1000:]), gso: 1000}} {
+		r.forget()
+		r.inner(s)
+		sent := 0
+		for _, p := range withData(r.outs) {
+			sent += p.Len()
+			if p.Len() > 1000+overhead {
+				t.Errorf("a segment of %d bytes for one of 1000", p.Len())
+			}
+		}
+		if sent < len(s.data) {
+			t.Errorf("%d bytes sent for %d", sent, len(s.data))
+		}
+	}
+}
+
+// After a gap every segment is acknowledged at once for a while: the inner stack,
+// which saw none, would delay the ACK of a window of one segment.
+func TestQuickAcks(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.auto = false
+	a, b := r.seal(0, content(0, 0, 100)), r.seal(0, content(0, 100, 100))
+	r.outer(seg{data: a})
+	if len(r.outs) != 0 {
+		t.Fatal("the first segment was acknowledged at once")
+	}
+	c := r.seal(0, content(0, 200, 100))
+	r.outer(seg{o: 240, data: c})
+	r.outer(seg{o: 120, data: b})
+	o := int64(360)
+	for i := range quickAcks + 1 {
+		r.forget()
+		p := r.seal(0, content(0, 300+100*uint64(i), 100))
+		r.outer(seg{o: o, data: p})
+		o += int64(len(p))
+		if n := len(r.outs); n != 1 && i < quickAcks-2 || n != 0 && i == quickAcks {
+			t.Errorf("segment %d after the gap: %d ACKs", i, n)
+		}
+	}
+}
+
 // With a shut window the peer is asked again and again.
 func TestZeroWindowProbes(t *testing.T) {
 	r := newRig(t, rigConfig{})

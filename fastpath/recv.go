@@ -13,6 +13,7 @@ import (
 
 const (
 	maxOOO     = 4096 // segments kept above a gap, per flow
+	quickAcks  = 16   // ACKs sent at once after a gap or a duplicate
 	smallPiece = 512  // plaintext below this is packed into slabs
 
 	// maxFrameRoom bounds what a window is enlarged by for the overhead of
@@ -360,7 +361,7 @@ func (e *Engine) outerData(f *flow, o int64, data []byte, src source, fin bool) 
 	}
 	if o+n <= int64(f.nxtO) {
 		f.dsack = run{s: uint64(o), e: uint64(o + n)}
-		f.ackNow = true
+		f.ackNow, f.quickAcks = true, quickAcks
 		e.st.Duplicates++
 		return
 	}
@@ -397,6 +398,7 @@ func (e *Engine) outerData(f *flow, o int64, data []byte, src source, fin bool) 
 			e.st.Duplicates++
 		}
 		e.st.OutOfOrder++
+		f.quickAcks = quickAcks
 		f.runOf(uint64(o))
 		// Out-of-order data is answered at once (RFC 5681). With SACK one
 		// answer tells all that a vector brought, as it does for segments

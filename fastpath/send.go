@@ -115,7 +115,11 @@ func (e *Engine) innerData(f *flow, seq uint32, buf []byte, gs int, flags uint8,
 		return
 	}
 	if uint64(a) < f.sealI {
-		e.resend(f, max(uint64(a), f.ackI), min(uint64(end), f.sealI))
+		size := gs
+		if size <= 0 {
+			size = int(n)
+		}
+		e.resend(f, max(uint64(a), f.ackI), min(uint64(end), f.sealI), size+overhead)
 		if uint64(end) <= f.sealI {
 			return
 		}
@@ -288,7 +292,7 @@ func (e *Engine) pushNew(f *flow) {
 			// With nothing under way no ACK will move the edge: what fits is
 			// sent, unless it is little (RFC 9293 section 3.8.6.2.1).
 			if f.unaO == f.sentO && f.edgeO > f.sentO && f.edgeO-f.sentO >= (data-f.sentO)/2 {
-				e.xmit(f, f.sentO, f.edgeO, true, true)
+				e.xmit(f, f.sentO, f.edgeO, f.outMSS, true, true)
 				f.sentO = f.edgeO
 			}
 			if !f.held {
@@ -306,7 +310,7 @@ func (e *Engine) pushNew(f *flow) {
 				end++
 			}
 		}
-		e.xmit(f, f.sentO, end, true, r.psh)
+		e.xmit(f, f.sentO, end, f.outMSS, true, r.psh)
 		f.sentO = end
 	}
 	f.held = false
@@ -314,9 +318,9 @@ func (e *Engine) pushNew(f *flow) {
 	f.holdRTO = minRTO
 }
 
-// xmit transmits the stored outer bytes [from,to), cut to the path MTU. Bytes
+// xmit transmits the stored outer bytes [from,to), cut to size and to the path MTU. Bytes
 // that cannot be given a chunk count as lost.
-func (e *Engine) xmit(f *flow, from, to uint64, fresh, psh bool) {
+func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 	finO := ^uint64(0)
 	if f.finSealed {
 		finO = f.sealO - 1
@@ -330,7 +334,7 @@ func (e *Engine) xmit(f *flow, from, to uint64, fresh, psh bool) {
 		var h packet.Header
 		e.outerHeader(f, &h, e.opts[:], from, packet.ACK, false)
 		n := int(min(to, finO) - from)
-		if lim := room - len(h.Opts); n > lim {
+		if lim := min(size, room-len(h.Opts)); n > lim {
 			n = max(lim, 1)
 		}
 		next := from + uint64(n)
@@ -379,8 +383,10 @@ func (e *Engine) copyStored(f *flow, o uint64, p []byte) {
 }
 
 // resend answers an inner retransmission of [a,b): the stored bytes of its
-// image go out again (T3).
-func (e *Engine) resend(f *flow, a, b uint64) {
+// image go out again (T3), in segments of at most size bytes: the inner stack may
+// have made its own smaller than when the frames were sealed, since larger ones
+// vanish (RFC 4821).
+func (e *Engine) resend(f *flow, a, b uint64, size int) {
 	if a >= b {
 		return
 	}
@@ -391,7 +397,7 @@ func (e *Engine) resend(f *flow, a, b uint64) {
 	s = max(s, f.unaO)
 	if s < f.sentO {
 		e.runSeal()
-		e.xmit(f, s, min(t, f.sentO), false, true)
+		e.xmit(f, s, min(t, f.sentO), size, false, true)
 	} else if f.held {
 		e.relayProbe(f)
 	}
@@ -522,7 +528,7 @@ func (e *Engine) holdFired(f *flow) {
 	if f.edgeO > f.sentO {
 		end := min(f.edgeO, f.sealO)
 		e.runSeal()
-		e.xmit(f, f.sentO, end, true, true)
+		e.xmit(f, f.sentO, end, f.outMSS, true, true)
 		f.sentO = end
 		e.pushNew(f)
 		return
