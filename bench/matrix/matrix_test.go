@@ -19,13 +19,16 @@ import (
 )
 
 var (
-	all   = flag.Bool("matrix.all", false, "all cells and all comparisons, not a selection")
-	table = flag.String("matrix.table", "", "write the tables to this `file`")
+	all       = flag.Bool("matrix.all", false, "all cells and all comparisons, not a selection")
+	rotations = flag.Int("matrix.rotations", 5, "how often plain and encrypted are compared under random loss")
+	table     = flag.String("matrix.table", "", "write the tables to this `file`")
 )
 
 // selection is how many cells run without -matrix.all.
 const selection = 50
 
+// program is the binary under test: a fresh build, or what TCPCRYPT_PROGRAM
+// names.
 var program string
 
 func TestMain(m *testing.M) {
@@ -34,9 +37,11 @@ func TestMain(m *testing.M) {
 	if err != nil {
 		panic(err)
 	}
-	if program, err = daemon.Build(dir); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+	if program = os.Getenv("TCPCRYPT_PROGRAM"); program == "" {
+		if program, err = daemon.Build(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 	}
 	code := m.Run()
 	os.RemoveAll(dir)

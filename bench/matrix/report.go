@@ -48,11 +48,11 @@ single ratios say little.
 ## Random loss, longer transfers
 
 A link of 200 Mb/s with a round trip of %v, %d MiB one way, the same pattern of
-losses for both connections of a rotation, in both directions; medians of %d rotations.
+losses for both connections of a rotation, in both directions; medians.
 
 | congestion control | loss | plain Mb/s | encrypted Mb/s | ratio, median | ratios |
 |---|---|---|---|---|---|
-`, command, machine, LossRTT, LossSize>>20, LossRotations)
+`, command, machine, LossRTT, LossSize>>20)
 	for _, l := range loss {
 		fmt.Fprintf(&b, "| %s | %g %% | %.1f | %.1f | %.2f | %.2f |\n", l.CC, 100*l.Drop, l.Plain, l.Encrypted, Median(l.Ratios), l.Ratios)
 	}

@@ -14,9 +14,8 @@ import (
 
 // Of the comparison under random loss.
 const (
-	LossRTT       = 4 * time.Millisecond
-	LossSize      = 3 << 20
-	LossRotations = 5
+	LossRTT  = 4 * time.Millisecond
+	LossSize = 3 << 20
 )
 
 // Available returns those of CongestionControls that the kernel has.
@@ -79,11 +78,11 @@ func (p *Pair) Cell(ctx context.Context, c Cell) (r Row, err error) {
 
 // Loss compares longer transfers under random loss. The n-th segment of a
 // direction meets the same fate in both connections of a rotation.
-func (p *Pair) Loss(ctx context.Context, cc string, drop float64, log func(string)) (LossRow, error) {
+func (p *Pair) Loss(ctx context.Context, cc string, drop float64, rotations int, log func(string)) (LossRow, error) {
 	row := LossRow{CC: cc, Drop: drop}
 	var mbps [2][]float64
 	c := Cell{CC: cc, MTU: 1500}
-	for i := range LossRotations {
+	for i := range rotations {
 		im := lab.Impair{Seed: uint64(i + 1), Drop: drop, Rate: 200e6, Delay: LossRTT / 2, QueueBytes: 256 << 10}
 		for k, r := range []*Rig{p.Plain, p.Encrypted} {
 			t, err := r.Run(ctx, c, im, LossSize)
