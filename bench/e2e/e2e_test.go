@@ -219,45 +219,59 @@ type result struct {
 // connection, closes both directions, and returns an error unless both arrived
 // byte-exact and ended with an end of file. hold runs while both are open.
 func (b *bed) exchange(v6 bool, up, down []byte, hold func()) error {
-	addr := b.path.B.Addr4()
-	if v6 {
-		addr = b.path.B.Addr6()
-	}
-	ln, err := b.path.B.NS.Listen("tcp", net.JoinHostPort(addr.String(), "0"))
+	client, server, err := b.connect(v6)
 	if err != nil {
 		return err
 	}
-	defer ln.Close()
-	accepted := make(chan net.Conn, 1)
-	go func() {
-		c, err := ln.Accept()
-		if err != nil {
-			close(accepted)
-			return
-		}
-		accepted <- c
-	}()
-	client, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
-	if err != nil {
-		return fmt.Errorf("connect: %w", err)
-	}
 	defer client.Close()
-	var server net.Conn
-	select {
-	case c, ok := <-accepted:
-		if !ok {
-			return errors.New("accept failed")
-		}
-		server = c
-	case <-b.ctx.Done():
-		return fmt.Errorf("accept: %w", b.ctx.Err())
-	}
 	defer server.Close()
-	stop := context.AfterFunc(b.ctx, func() { client.Close(); server.Close() })
-	defer stop()
+	defer context.AfterFunc(b.ctx, func() { client.Close(); server.Close() })()
 	if hold != nil {
 		hold()
 	}
+	return carry(client, server, up, down)
+}
+
+// connect opens a connection from A to B.
+func (b *bed) connect(v6 bool) (client, server net.Conn, err error) {
+	ip, _ := b.addr(v6)
+	ln, err := b.path.B.NS.Listen("tcp", net.JoinHostPort(ip.String(), "0"))
+	if err != nil {
+		return nil, nil, err
+	}
+	defer ln.Close()
+	return b.connectTo(ln, ln.Addr().String())
+}
+
+// connectTo connects A to an address at which it reaches a listener.
+func (b *bed) connectTo(ln net.Listener, address string) (client, server net.Conn, err error) {
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		defer close(accepted)
+		if c, err := ln.Accept(); err == nil {
+			accepted <- c
+		}
+	}()
+	if client, err = b.path.A.NS.Dial(b.ctx, "tcp", address); err != nil {
+		return nil, nil, fmt.Errorf("connect: %w", err)
+	}
+	select {
+	case c, ok := <-accepted:
+		if ok {
+			return client, c, nil
+		}
+		err = errors.New("accept failed")
+	case <-b.ctx.Done():
+		err = fmt.Errorf("accept: %w", b.ctx.Err())
+	}
+	client.Close()
+	return nil, nil, err
+}
+
+// carry sends up from client to server and down the other way at the same time,
+// closes both directions, and returns an error unless both arrived byte-exact
+// and ended with an end of file.
+func carry(client, server net.Conn, up, down []byte) (err error) {
 	res := [2]chan result{make(chan result, 1), make(chan result, 1)}
 	side := func(c net.Conn, send, want []byte, out chan result) {
 		wrote := make(chan error, 1)

@@ -35,61 +35,6 @@ func TestMTU(t *testing.T) {
 	}
 }
 
-// A router on the way has a smaller MTU behind it and says so by ICMP: the
-// translator cuts what it sends, and the kernel learns of it (T21).
-func TestPathMTU(t *testing.T) {
-	eachIP(t, func(t *testing.T, v6 bool) {
-		b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
-		l := b.path.A.NS.Lab()
-		hosts := make([]*lab.Namespace, 3)
-		for i, n := range []string{"left", "router", "right"} {
-			var err error
-			if hosts[i], err = l.Namespace(n); err != nil {
-				t.Fatal(err)
-			}
-		}
-		left, routerL, err := l.Connect(hosts[0], hosts[1], lab.LinkOptions{A: lab.EndOptions{Name: "eth0"}, B: lab.EndOptions{Name: "left"}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		routerR, right, err := l.Connect(hosts[1], hosts[2], lab.LinkOptions{A: lab.EndOptions{Name: "right"}, B: lab.EndOptions{Name: "eth0"}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		// Only the router knows of the bottleneck. What comes the other way is
-		// small enough: a veth drops silently what its MTU does not allow.
-		if err := routerR.SetMTU(1400); err != nil {
-			t.Fatal(err)
-		}
-		for _, s := range [][2]string{{"net/ipv4/ip_forward", "1"}, {"net/ipv6/conf/all/forwarding", "1"}} {
-			if err := hosts[1].Sysctl(s[0], s[1]); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for _, r := range []struct {
-			i   *lab.Iface
-			dst netip.Prefix
-			via netip.Addr
-		}{
-			{left, right.IP4.Masked(), routerL.Addr4()}, {left, right.IP6.Masked(), routerL.Addr6()},
-			{right, left.IP4.Masked(), routerR.Addr4()}, {right, left.IP6.Masked(), routerR.Addr6()},
-		} {
-			if err := r.i.AddRoute(r.dst, r.via); err != nil {
-				t.Fatal(err)
-			}
-		}
-		a, _ := b.daemon(left), b.daemon(right)
-		c := *b
-		c.path = &lab.Path{A: left, B: right}
-		if err := c.exchange(v6, stream(1, 4<<20), nil, func() { b.flow(a) }); err != nil {
-			t.Fatal(err)
-		}
-		if st := b.stats(a); st.Counters["icmp_in"] == 0 {
-			t.Error("the router's ICMP error did not come to the daemon")
-		}
-	})
-}
-
 // dialOption connects from A to a listener on B with a socket option set.
 func (b *bed) dialOption(ln net.Listener, level, name, value int) (net.Conn, error) {
 	var c net.Conn
