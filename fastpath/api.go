@@ -9,6 +9,7 @@ import (
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
 )
 
 // HostConfig says how a Host is to be run. Flags and configuration keys of the
@@ -48,7 +49,15 @@ type HostConfig struct {
 	Guard                  string
 	GuardCgroup, GuardPins string
 	Rules                  []Rule // the first that matches wins over Ports, Exclude and Require
-	Log                    *slog.Logger
+	// MaxFlows is the most connections that are encrypted, being opened or kept
+	// for late segments, MaxHalfOpen the most of them that are being opened;
+	// what is beyond is plain, or refused where it must not be. 0: the defaults.
+	MaxFlows, MaxHalfOpen int
+	// Memory is the most bytes that wait for acknowledgements of the peers or of
+	// the local stack, UmemChunks the packet buffers of each worker. 0: the
+	// defaults.
+	Memory, UmemChunks int
+	Log                *slog.Logger
 }
 
 // What HostConfig.Guard may be: as much of the guard as the host allows, all of
@@ -57,6 +66,14 @@ const (
 	GuardAuto = "auto"
 	GuardOn   = "on"
 	GuardOff  = "off"
+)
+
+// Bounds of HostConfig.
+const (
+	MostFlows   = xdp.DefaultFlows // and the default
+	LeastChunks = 2048
+	MostChunks  = 1 << 20
+	LeastMemory = 1 << 20
 )
 
 // PortRange is an inclusive range of TCP ports. An empty list of ranges

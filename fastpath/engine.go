@@ -901,6 +901,13 @@ func (e *Engine) SetMTU(mtu int) {
 	})
 }
 
+// Pressed reports whether memory or chunks are so short that no flow should be
+// begun: what is left is for those that there are.
+func (e *Engine) Pressed() bool {
+	b := e.buf
+	return b.used > b.budget-b.budget/8 || b.crowded() || e.umem.Available() == 0
+}
+
 // AbortAll ends every live flow with the given reason.
 func (e *Engine) AbortAll(reason string, now time.Duration) {
 	e.now = now

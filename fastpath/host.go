@@ -1,6 +1,7 @@
 package fastpath
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -36,10 +37,14 @@ const (
 
 	sysfs = "/sys"
 
-	// Bytes for retained frames and custody, of all workers together, and what
-	// one of many has at least.
-	memory    = 256 << 20
-	minMemory = 64 << 20
+	// defaultMemory is for all workers together, minMemory what one of many has
+	// of it at least.
+	defaultMemory = 256 << 20
+	minMemory     = 64 << 20
+
+	// mapSlack is how many flows the maps hold beyond the limit, which workers
+	// look at before they insert.
+	mapSlack = 256
 
 	// How often the heartbeat is given, and how long after the last one the
 	// daemon counts as hung: so that the first retransmission of a SYN, a second
@@ -69,16 +74,20 @@ type Host struct {
 	mtu      atomic.Int64 // of the interface
 	mtuLimit int          // largest packet that the sockets take
 
+	diagMu sync.Mutex
+	diag   *xdp.SocketDiag
+
 	restoreQueues func() error // nil: nothing to put back
 
-	workers []*worker
-	owners  *owners         // nil: there is one worker
-	pulses  []uint64        // of each worker, when watch last looked
-	cache   *slowpath.Cache // nil: nothing is resumed
-	limiter *slowpath.Limiter
-	pool    *agreement
-	policy  xdp.Policy
-	release func() // lets the process's threads run anywhere again
+	workers  []*worker
+	owners   *owners         // nil: there is one worker
+	pulses   []uint64        // of each worker, when watch last looked
+	shedding bool            // XDP passes SYNs
+	cache    *slowpath.Cache // nil: nothing is resumed
+	limiter  *slowpath.Limiter
+	pool     *agreement
+	policy   xdp.Policy
+	release  func() // lets the process's threads run anywhere again
 
 	link      chan error // the device is down or gone
 	stopLink  func()
@@ -117,6 +126,9 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	}
 	if h.caps.Loopback {
 		return nil, fmt.Errorf("%s is the loopback device: its connections do not leave this host, and are not encrypted", cfg.Interface)
+	}
+	if h.diag, err = xdp.OpenSocketDiag(); err != nil {
+		return nil, err
 	}
 	// Encryption is not offered before the kernel's generator is seeded
 	// (ENO 5, TC 8): this read blocks until it is.
@@ -179,7 +191,7 @@ func (h *Host) startWorkers() (err error) {
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), n+1))
 	for i := range n {
 		eng := NewEngine(EngineConfig{
-			Umem: h.umems[i], Virtual: h.caps.Virtual, Memory: max(memory/n, minMemory),
+			Umem: h.umems[i], Virtual: h.caps.Virtual, Memory: h.memory(n),
 			RekeyBytes: h.cfg.RekeyBytes, RekeyFrames: h.cfg.RekeyFrames, RekeyEvery: h.cfg.RekeyEvery, TCPKeepalive: h.cfg.TCPKeepalive,
 		})
 		w, err := newWorker(workerConfig{
@@ -276,7 +288,7 @@ func (h *Host) openPorts(want xdp.Mode, queues []int) error {
 	n := len(h.place.cpus)
 	for i := range n {
 		own := (len(queues) - i + n - 1) / n
-		u, err := xdp.NewUmem(xdp.UmemConfig{Chunks: chunksBase + chunksQueue*own, ChunkSize: chunk, TXMetadata: true})
+		u, err := xdp.NewUmem(xdp.UmemConfig{Chunks: cmp.Or(h.cfg.UmemChunks, chunksBase+chunksQueue*own), ChunkSize: chunk, TXMetadata: true})
 		if err != nil {
 			return err
 		}
@@ -331,7 +343,7 @@ func (h *Host) bindQueues(m xdp.Mode, queues []int, chunk int) (err error) {
 	h.diverter, err = xdp.AttachHost(xdp.HostAttachConfig{
 		Ifindex: h.caps.Ifindex, TAPIfindex: h.tap.Ifindex(), Mode: m,
 		Frags: h.multiBuffer(m, chunk), Heartbeat: beatStale,
-		Policy: h.policy,
+		Policy: h.policy, Flows: h.maxFlows() + mapSlack,
 	})
 	if err != nil {
 		return err
@@ -451,7 +463,7 @@ func Cleanup(iface, pins string) (found bool, ended int, err error) {
 func (h *Host) leftovers(g *xdp.Guard, left []xdp.FlowKey) {
 	for _, k := range left {
 		key := packet.KeyFromBytes(k)
-		if err := xdp.DestroySocket(k); err != nil {
+		if err := h.destroy(k); err != nil {
 			// The guard keeps it shut until it is gone.
 			h.log.Warn("a connection left by a killed daemon could not be ended", "flow", key.String(), "err", err)
 			continue
@@ -497,6 +509,7 @@ func (h *Host) watch() {
 			h.err = fmt.Errorf("%s: %w", h.cfg.Interface, err)
 		case <-beat.C:
 			h.beat()
+			h.shed()
 			if h.cache != nil {
 				h.cache.Expire(time.Since(h.start))
 			}
@@ -543,6 +556,41 @@ func (h *Host) each(fn func(*worker)) {
 	for _, w := range h.workers {
 		w.call(fn)
 	}
+}
+
+// destroy ends the local socket of a connection.
+func (h *Host) destroy(k xdp.FlowKey) error {
+	h.diagMu.Lock()
+	defer h.diagMu.Unlock()
+	return h.diag.Destroy(k)
+}
+
+func (h *Host) maxFlows() int { return cmp.Or(h.cfg.MaxFlows, MostFlows) }
+
+// memory is what each of n workers may use.
+func (h *Host) memory(n int) int {
+	if h.cfg.Memory != 0 {
+		return h.cfg.Memory / n
+	}
+	return max(defaultMemory/n, minMemory)
+}
+
+// shed has XDP pass SYNs to the stack while a worker has too many half-open
+// flows: a flood of them costs what it would cost without the daemon, and the
+// time of the workers belongs to the flows that there are.
+func (h *Host) shed() {
+	crowded := false
+	for _, w := range h.workers {
+		crowded = crowded || w.crowded.Load()
+	}
+	if crowded == h.shedding {
+		return
+	}
+	if err := h.diverter.Shed(crowded); err != nil {
+		h.log.Warn("flood of SYNs", "err", err)
+		return
+	}
+	h.shedding = crowded
 }
 
 // beat tells the BPF programs that the daemon works, as long as the rounds of
@@ -657,6 +705,9 @@ func (h *Host) detach() error {
 	}
 	if h.stopLink != nil {
 		h.stopLink()
+	}
+	if h.diag != nil {
+		h.diag.Close()
 	}
 	var errs []error
 	if h.diverter != nil {
@@ -795,6 +846,7 @@ func (h *Host) Stats() Stats {
 			c["slowpath_"+k] += v
 		}
 		c["slow_path_shed"] += w.slow.shed
+		c["map_full"] += w.slow.mapFull
 		c["stale_syns"] += w.slow.stale
 		c["half_open_moved"] += w.slow.moved
 		for k, v := range w.slow.reasons {

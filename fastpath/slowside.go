@@ -2,6 +2,7 @@ package fastpath
 
 import (
 	"crypto/rand"
+	"slices"
 	"time"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
@@ -21,10 +22,12 @@ type slowSide struct {
 	w *worker
 	m *slowpath.Machine
 
-	waiting []Event // in order
-	shed    uint64  // frames dropped because too many were waiting
-	stale   uint64  // SYNs dropped because they may have become plain connections
-	moved   uint64  // half-open flows given to other workers
+	waiting []Event       // in order
+	shed    uint64        // frames dropped because too many were waiting
+	mapFull uint64        // flows for which there was no room in a map
+	full    time.Duration // until then no flow is begun
+	stale   uint64        // SYNs dropped because they may have become plain connections
+	moved   uint64        // half-open flows given to other workers
 
 	recent  []recentFlow // oldest first
 	reasons map[string]uint64
@@ -51,13 +54,27 @@ func newSlowSide(h *Host, own bool) *slowSide {
 	cfg := slowpath.Config{
 		TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Policy: h.cfg.policy(), MTU: h.caps.MTU,
 		Cache: h.cache, ResumeNonce: h.cfg.ResumeNonce, Offload: offloads(own), Limiter: h.limiter,
-		MaxHalfOpen: max(slowpath.DefaultMaxHalfOpen/len(h.place.cpus), minHalfOpen),
+		MaxHalfOpen: max(slowpath.DefaultMaxHalfOpen/len(h.place.cpus), minHalfOpen), Room: s.room,
+	}
+	if h.cfg.MaxHalfOpen != 0 {
+		cfg.MaxHalfOpen = max(h.cfg.MaxHalfOpen/len(h.place.cpus), 1)
 	}
 	if h.owners != nil {
 		cfg.Forgotten = func(k packet.Key) { s.gone = append(s.gone, k) }
 	}
 	s.m = slowpath.New(cfg, rand.Reader)
 	return s
+}
+
+// room is slowpath.Config.Room.
+func (s *slowSide) room() string {
+	switch {
+	case s.h.diverter.Flows() >= s.h.maxFlows(), s.w.now() < s.full:
+		return slowpath.ReasonFlows
+	case s.w.eng.Pressed():
+		return slowpath.ReasonMemory
+	}
+	return ""
 }
 
 // stalled tells that the worker did not run for the given time.
@@ -177,12 +194,34 @@ func (s *slowSide) settle(k *packet.Key) {
 }
 
 // divert lists a flow in the guard and in the diversion map, and steers its
-// packets from the local stack to this worker.
-func (s *slowSide) divert(k packet.Key) {
-	s.protect(k, false)
-	if err := s.h.diverter.InsertSteered(k.Bytes(), s.w.id); err != nil {
-		s.h.log.Warn("flow cannot be diverted", "flow", k.String(), "err", err)
+// packets from the local stack to this worker. Without room it does neither.
+func (s *slowSide) divert(k packet.Key) bool {
+	if !s.protect(k, false) {
+		return false
 	}
+	if !s.listed(s.h.diverter.InsertSteered(k.Bytes(), s.w.id)) {
+		s.unguard(k, false)
+		return false
+	}
+	return true
+}
+
+// fullFor is how long no flow is begun after a map took none: until after the
+// first copy of the SYN that was lost.
+const fullFor = 2 * time.Second
+
+// listed takes the result of an insertion into a map. One that fails, because
+// the map is full or the kernel has no memory for it, is not the last one.
+func (s *slowSide) listed(err error) bool {
+	if err == nil {
+		return true
+	}
+	now := s.w.now()
+	if s.mapFull++; now >= s.full {
+		s.h.log.Warn("no room for a flow in the kernel's maps: new connections are not encrypted", "err", err)
+	}
+	s.full = now + fullFor
+	return false
 }
 
 // finish handles what was left when the worker had stopped, so that no ended
@@ -218,15 +257,21 @@ func (s *slowSide) handle(ev *Event, now time.Duration) {
 func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 	eng := s.w.eng
 	var refused []*slowpath.Job
+	var unlisted []packet.Key // of which nothing must leave
 	for i := range acts {
 		a := &acts[i]
+		if len(unlisted) > 0 && slices.Contains(unlisted, a.Key) {
+			continue
+		}
 		switch a.Kind {
 		case slowpath.SendOuter:
 			eng.SendOuter(a.Frame, now)
 		case slowpath.SendInner:
 			eng.SendInner(a.Frame, now)
 		case slowpath.Divert:
-			s.divert(a.Key)
+			if !s.divert(a.Key) {
+				unlisted = append(unlisted, a.Key)
+			}
 		case slowpath.Undivert:
 			s.w.transmit()
 			// The guard goes first: what passes the diversion must not meet it.
@@ -252,6 +297,10 @@ func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 	for _, j := range refused {
 		s.carryOut(s.m.Agreed(j, now), now)
 	}
+	for _, k := range unlisted {
+		// The next copy of the SYN finds that there is no room.
+		s.m.Drop(k)
+	}
 }
 
 func (s *slowSide) undivert(k packet.Key) {
@@ -263,20 +312,18 @@ func (s *slowSide) undivert(k packet.Key) {
 // protect lets the guard stand from the offer on (T22): until the inner handshake
 // is released, a forged answer by a side door would be believed, and with it the
 // beginning of a stream that is encrypted afterwards.
-func (s *slowSide) protect(k packet.Key, agreed bool) {
+func (s *slowSide) protect(k packet.Key, agreed bool) bool {
 	before, ok := s.guarded[k]
+	if !ok && !s.listed(s.h.guard.Insert(k.Bytes())) {
+		return false
+	}
 	s.guarded[k] = agreed || before
-	if ok {
-		return
-	}
-	if err := s.h.guard.Insert(k.Bytes()); err != nil {
-		s.h.log.Warn("flow cannot be guarded", "flow", k.String(), "err", err)
-	}
+	return true
 }
 
 func (s *slowSide) unguard(k packet.Key, destroy bool) {
 	if destroy {
-		if err := xdp.DestroySocket(k.Bytes()); err != nil {
+		if err := s.h.destroy(k.Bytes()); err != nil {
 			s.h.log.Warn("socket of an aborted flow may be left", "flow", k.String(), "err", err)
 			return
 		}
@@ -301,7 +348,7 @@ func (s *slowSide) remember(f FlowInfo) {
 	for k < len(s.recent) && (now.Sub(s.recent[k].at) > keepRecent || len(s.recent)-k >= maxRecent) {
 		k++
 	}
-	s.recent = append(append(s.recent[:0], s.recent[k:]...), recentFlow{now, f})
+	s.recent = append(s.recent[k:], recentFlow{now, f})
 }
 
 func describe(i *slowpath.Info) FlowInfo {

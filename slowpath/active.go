@@ -48,7 +48,7 @@ func (m *Machine) eligible(f *flow, s *packet.Segment) (reason string) {
 	case len(m.flows) >= m.cfg.MaxHalfOpen:
 		return ReasonLimit
 	}
-	return ""
+	return m.room()
 }
 
 // makeOffer makes the flow's ENO option: resumption when a secret is there, and

@@ -96,7 +96,9 @@ const (
 	ReasonRemembered      = "peer-remembered"   // ENO failed with this peer a while ago
 	ReasonSYNRetries      = "syn-retries"       // third copy of the SYN goes without ENO (T19)
 	ReasonSimultaneous    = "simultaneous-open" // both SYNs crossed
-	ReasonLimit           = "half-open-limit"   // no memory for another half-open flow
+	ReasonLimit           = "half-open-limit"   // no room for another half-open flow
+	ReasonFlows           = "flow-limit"        // no room for another flow
+	ReasonMemory          = "memory-limit"      // nearly all memory for packets is in use
 	ReasonRefused         = "refused"           // RST during the handshake
 	ReasonTimeout         = "exchange-timeout"  // deadline of the key exchange (T19)
 	ReasonBadMagic        = "bad-magic"
@@ -128,11 +130,14 @@ type Config struct {
 	// suboptions, 0 to 8. Less than 8 is for hosts that can rule out that
 	// their memory is ever restored or cloned (RFC 8548 section 3.5).
 	ResumeNonce int
+	// Room returns why no flow can be begun, or "" if one can; nil: there is
+	// always room.
+	Room func() (reason string)
 	// Offload reports whether the key agreement of a TEP is not computed inside
 	// Input but handed out as a Job; nil: none is.
 	Offload     func(crypto.TEP) bool
 	MTU         int           // IP MTU of the outer interface, bytes
-	MaxHalfOpen int           // most flows negotiated at a time, default 16384
+	MaxHalfOpen int           // most flows negotiated at a time, default 16384; SYNs from the wire may make three quarters
 	Deadline    time.Duration // of the key exchange, default 3 s (T19)
 	RememberFor time.Duration // how long a failing peer is not offered ENO, default 60 s
 	// RememberPlainFor is how long a peer that answered without a usable ENO

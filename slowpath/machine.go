@@ -29,6 +29,7 @@ const (
 	initialRTO      = time.Second
 	offerIdle       = 10 * time.Second       // a SYN without an answer is given up
 	answerIdle      = 40 * time.Second       // longer than any pause between SYN-ACK copies of Linux
+	answerPressed   = 4 * time.Second        // the same when half of MaxHalfOpen is used
 	challengePeriod = 500 * time.Millisecond // rate limit of answers to unacceptable segments (RFC 5961 section 7)
 	handedQuiet     = 500 * time.Millisecond // see Machine.afresh
 	maxSYNs         = 3                      // this copy of a SYN goes without ENO (T19)
@@ -217,6 +218,24 @@ func (m *Machine) Deadline() (at time.Duration, ok bool) {
 
 // SetMTU changes Config.MTU for flows that begin from now on.
 func (m *Machine) SetMTU(mtu int) { m.cfg.MTU = mtu }
+
+// Crowded reports whether SYNs from the wire begin no flow because there are too
+// many half-open ones. Some are left for connections of this host.
+func (m *Machine) Crowded() bool { return 4*len(m.flows) >= 3*m.cfg.MaxHalfOpen }
+
+func (m *Machine) room() string {
+	if m.cfg.Room == nil {
+		return ""
+	}
+	return m.cfg.Room()
+}
+
+// Drop forgets the half-open flow k, whose SYN went nowhere.
+func (m *Machine) Drop(k packet.Key) {
+	if f := m.flows[k]; f != nil {
+		m.remove(f)
+	}
+}
 
 // Opens reports whether the flow k is half-open.
 func (m *Machine) Opens(k packet.Key) bool { return m.flows[k] != nil }

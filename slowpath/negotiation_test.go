@@ -790,6 +790,45 @@ func TestBareSYN(t *testing.T) {
 	}
 }
 
+// Without room for a flow it is plain, or refused where it must not be, and the
+// reason is the one that is given.
+func TestNoRoom(t *testing.T) {
+	why := ""
+	verdict := Encrypt
+	cfg := Config{Room: func() string { return why }, Policy: func(*packet.Key, packet.Direction) Policy { return Policy{Verdict: verdict} }}
+	for _, c := range []struct {
+		room    string
+		verdict Verdict
+		state   State
+		reason  string
+	}{
+		{"", Encrypt, StateOffered, ""},
+		{ReasonFlows, Encrypt, StatePlain, ReasonFlows},
+		{ReasonMemory, Require, StateFailed, ReasonRequired},
+	} {
+		why, verdict = c.room, c.verdict
+		s := newScript(t, cfg)
+		s.inner(tcp{seq: localISS, flags: packet.SYN, wnd: 64240, opts: linuxSYN(1460, 11, 0)})
+		s.wantReport(c.state, c.reason)
+		s = newScript(t, cfg)
+		s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 64240, opts: withENO(linuxSYN(1460, 21, 0), option(x25519))})
+		s.wantReport(c.state, c.reason)
+	}
+}
+
+// A flow whose SYN went nowhere is dropped, and the next copy begins another.
+func TestDrop(t *testing.T) {
+	s := newScript(t, Config{})
+	s.connect()
+	k := s.m.seg.Key
+	s.m.Drop(k)
+	if s.m.Opens(k) || s.m.Len() != 0 {
+		t.Error("the flow is still there")
+	}
+	s.connect()
+	s.wantReport(StateOffered, "")
+}
+
 // The limit of half-open flows sheds offers, and is given back.
 func TestHalfOpenLimit(t *testing.T) {
 	s := newScript(t, Config{MaxHalfOpen: 10})
@@ -803,8 +842,18 @@ func TestHalfOpenLimit(t *testing.T) {
 		x.opts = withENO(x.opts, option(x25519))
 		s.input(packet.FromOuter, s.link.frame(x))
 	}
-	for i := range uint16(10) {
-		syn(1000+i, i%2 == 0)
+	for i := range uint16(8) {
+		syn(1000+i, i == 0)
+		s.wantReport(StateOffered, "")
+	}
+	// The rest is for connections of this host: a flood must not stop them.
+	syn(1008, false)
+	s.wantReport(StatePlain, ReasonLimit)
+	if !s.m.Crowded() {
+		t.Error("not crowded")
+	}
+	for i := range uint16(2) {
+		syn(1009+i, true)
 		s.wantReport(StateOffered, "")
 	}
 	for i := range uint16(200) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"slices"
+	"time"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
@@ -69,10 +70,10 @@ func (m *Machine) acceptable(f *flow) (offer ENO, reason string) {
 	switch {
 	case f.policy.AppAware == AppAwareMandatory && !f.aware:
 		return offer, ReasonNotAppAware
-	case len(m.flows) >= m.cfg.MaxHalfOpen:
+	case m.Crowded():
 		return offer, ReasonLimit
 	}
-	return offer, ""
+	return offer, m.room()
 }
 
 // makeAnswer makes the flow's ENO option: resumption, which wins over the order
@@ -180,7 +181,16 @@ func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
 	}
 	m.emit(Action{Kind: Guard, Key: f.key})
 	m.resendSYNACK(f)
-	f.expires = m.now + answerIdle
+	f.expires = m.now + m.answerPatience()
+}
+
+// answerPatience is how long the first ACK is awaited: less when many are, which
+// may be a flood of SYNs.
+func (m *Machine) answerPatience() time.Duration {
+	if 2*len(m.flows) >= m.cfg.MaxHalfOpen {
+		return answerPressed
+	}
+	return answerIdle
 }
 
 // recordSYNACK makes the outer form of a SYN-ACK; false when ENO finds no room.
@@ -211,7 +221,9 @@ func (m *Machine) synAckCopy(f *flow, s *packet.Segment) {
 	}
 	m.recordSYNACK(f, s)
 	m.resendSYNACK(f)
-	f.expires = m.now + answerIdle
+	if p := m.answerPatience(); p == answerIdle {
+		f.expires = m.now + p
+	}
 }
 
 // passiveOuter takes a segment from the peer of a passive opener.
@@ -246,7 +258,7 @@ func (m *Machine) remoteSYNCopy(f *flow, s *packet.Segment) {
 	}
 	if f.phase == phaseAnswered {
 		m.resendSYNACK(f)
-		f.expires = m.now + answerIdle
+		f.expires = max(f.expires, m.now+m.answerPatience())
 		return
 	}
 	if opts, ok := m.inwardSYN(s, &o).apply(s.Options()); ok {

@@ -42,6 +42,7 @@ var hostCounters = []string{
 	"xdp_syn_redirected",
 	"xdp_syn_passed_no_socket",
 	"xdp_syn_passed_stale",
+	"xdp_syn_passed_shed",
 	"xdp_fragment_dropped",
 	"xdp_icmp_redirected",
 	"xdp_icmp_dropped_no_socket",
@@ -65,6 +66,7 @@ const (
 	controlEnabled = iota
 	controlGeneric
 	controlBeat
+	controlShed
 )
 
 // HostAttachConfig says what a Diverter is attached to.
@@ -356,6 +358,20 @@ func (d *Diverter) Enable(on bool) error {
 	}
 	return d.control(controlEnabled, value)
 }
+
+// Shed says whether SYNs from the wire pass to the stack although they offer
+// encryption, because there are too many already. Those that the policy requires
+// to be encrypted are then the guard's to refuse.
+func (d *Diverter) Shed(on bool) error {
+	value := uint64(0)
+	if on {
+		value = 1
+	}
+	return d.control(controlShed, value)
+}
+
+// Flows returns how many connections are inserted. Any goroutine may call it.
+func (d *Diverter) Flows() int { return int(d.flows.n.Load()) }
 
 // Beat tells the programs that the process works; with
 // HostAttachConfig.Heartbeat it must be called several times in that time. Any

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 )
@@ -14,6 +15,7 @@ import (
 type flowMap struct {
 	flows, pairs *ebpf.Map
 
+	n     atomic.Int64
 	mu    sync.Mutex
 	users map[[32]byte]uint32 // connections of a pair
 }
@@ -44,6 +46,7 @@ func (m *flowMap) insert(key FlowKey, value uint32) error {
 	if err := m.flows.Put(key, value); err != nil {
 		return errors.Join(m.wrap("insert", key, err), m.releasePair(pair))
 	}
+	m.n.Add(1)
 	return nil
 }
 
@@ -58,6 +61,7 @@ func (m *flowMap) delete(key FlowKey) error {
 	if err != nil {
 		return m.wrap("delete", key, err)
 	}
+	m.n.Add(-1)
 	return m.releasePair([32]byte(key[:32]))
 }
 

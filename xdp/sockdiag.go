@@ -4,7 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -85,9 +87,11 @@ func withoutVLAN(key FlowKey) FlowKey {
 	return key
 }
 
-// destroy ends exactly the socket that was found, by its cookie.
-func (d *diagID) destroy() error {
+// destroy ends exactly the socket that was found, by its cookie. sockets may be
+// nil.
+func (d *diagID) destroy(sockets map[int]*nl.SocketHandle) error {
 	request := nl.NewNetlinkRequest(sockDestroy, unix.NLM_F_ACK)
+	request.Sockets = sockets
 	request.AddRawData(d.request())
 	_, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
 	switch {
@@ -102,30 +106,103 @@ func (d *diagID) destroy() error {
 	}
 }
 
-// DestroySocket ends the local TCP socket of a connection (SOCK_DESTROY): its
-// owner sees ECONNABORTED, the peer gets a RST. That there is none is no error.
-// It works in the calling thread's network namespace and needs CAP_NET_ADMIN
-// and CONFIG_INET_DIAG_DESTROY.
-func DestroySocket(key FlowKey) error {
+// A SocketDiag ends sockets of one network namespace. One goroutine at a time may
+// use it.
+type SocketDiag struct {
+	sockets map[int]*nl.SocketHandle
+	route   *netlink.Handle
+	devices []uint32 // indexes of the namespace's devices
+	asked   time.Time
+}
+
+// devicesFor is how long the list of devices is believed.
+const devicesFor = time.Second
+
+// OpenSocketDiag works in the calling thread's network namespace.
+func OpenSocketDiag() (*SocketDiag, error) {
+	s, err := nl.Subscribe(unix.NETLINK_INET_DIAG)
+	if err != nil {
+		return nil, fmt.Errorf("xdp: socket for sock_diag: %w", err)
+	}
+	d := &SocketDiag{sockets: map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Socket: s}}}
+	if err := s.SetReceiveTimeout(&nl.SocketTimeoutTv); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("xdp: socket for sock_diag: %w", err)
+	}
+	if d.route, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("xdp: netlink: %w", err)
+	}
+	return d, nil
+}
+
+// Close gives up what OpenSocketDiag opened.
+func (d *SocketDiag) Close() {
+	d.sockets[unix.NETLINK_INET_DIAG].Close()
+	d.route.Close()
+}
+
+// Destroy ends the local TCP socket of a connection (SOCK_DESTROY): its owner sees
+// ECONNABORTED, the peer gets a RST. That there is none is no error. It needs
+// CAP_NET_ADMIN and CONFIG_INET_DIAG_DESTROY.
+func (d *SocketDiag) Destroy(key FlowKey) error {
+	found, err := d.find(key, 0)
+	if found || err != nil {
+		return err
+	}
+	// One that is bound to a device is found only through that device. Looking
+	// at all sockets instead would take milliseconds where there are many.
+	if now := time.Now(); now.Sub(d.asked) > devicesFor {
+		links, err := d.route.LinkList()
+		if err != nil && len(links) == 0 {
+			return fmt.Errorf("xdp: list devices: %w", err)
+		}
+		d.devices = d.devices[:0]
+		for _, l := range links {
+			d.devices = append(d.devices, uint32(l.Attrs().Index))
+		}
+		d.asked = now
+	}
+	for _, device := range d.devices {
+		if found, err := d.find(key, device); found || err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// find ends the socket of a connection that a packet received on a device, 0 for
+// any, would go to, unless that socket is bound to another one.
+func (d *SocketDiag) find(key FlowKey, device uint32) (found bool, err error) {
 	family := uint8(unix.AF_INET6)
 	if isV4(key) {
 		family = unix.AF_INET // finds IPv6 sockets with mapped addresses too
 	}
 	lookup := newDiagID(key, family)
+	binary.NativeEndian.PutUint32(lookup.id[36:], device)
 	request := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
+	request.Sockets = d.sockets
 	request.AddRawData(lookup.request())
 	messages, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
 	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("xdp: find socket: %w", err)
+		return false, fmt.Errorf("xdp: find socket: %w", err)
 	}
 	for _, m := range messages {
-		if found, ok := parseDiag(m); ok && found.key() == withoutVLAN(key) {
-			return found.destroy()
+		if s, ok := parseDiag(m); ok && s.key() == withoutVLAN(key) {
+			return true, s.destroy(d.sockets)
 		}
 	}
-	// A socket that is bound to a device is found only by looking at all.
-	_, err = DestroySockets([]FlowKey{key})
-	return err
+	return false, nil
+}
+
+// DestroySocket is SocketDiag.Destroy in the calling thread's network namespace.
+func DestroySocket(key FlowKey) error {
+	d, err := OpenSocketDiag()
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Destroy(key)
 }
 
 // DestroySockets is DestroySocket for many connections at the cost of one walk
@@ -153,7 +230,7 @@ func DestroySockets(keys []FlowKey) (int, error) {
 			if !ok || !wanted[found.key()] {
 				continue
 			}
-			if err := found.destroy(); err != nil {
+			if err := found.destroy(nil); err != nil {
 				errs = append(errs, err)
 				continue
 			}

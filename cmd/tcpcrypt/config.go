@@ -21,6 +21,9 @@ import (
 
 const defaultControl = "/run/tcpcrypt/control.sock"
 
+// maxMemory bounds what is asked of the machine by a mistyped number.
+const maxMemory = 1 << 40
+
 // maxIndex bounds the queue and CPU numbers of a list, so that a mistyped
 // range is an error and not gigabytes of numbers.
 const maxIndex = 4095
@@ -46,6 +49,10 @@ type settings struct {
 	require  bool
 
 	resumeNonce  int
+	maxFlows     size
+	maxHalfOpen  size
+	memory       size
+	umemChunks   size
 	rekeyBytes   size
 	rekeyFrames  size
 	rekeyEvery   time.Duration
@@ -103,6 +110,10 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.Var(&s.rekeyFrames, "rekey-frames", "change a key after it sealed so many frames (default by cipher)")
 	fs.DurationVar(&s.rekeyEvery, "rekey-every", 0, "change a key that has been used so long (default never)")
 	fs.BoolVar(&s.tcpKeepalive, "tcp-keepalive", false, "relay TCP keep-alives as they are, instead of asking the peer for an authenticated answer")
+	fs.Var(&s.maxFlows, "max-flows", "most connections that are encrypted at a time, the others are plain or refused (default 262144)")
+	fs.Var(&s.maxHalfOpen, "max-half-open", "most connections that are being opened at a time (default 16384)")
+	fs.Var(&s.memory, "memory", "most bytes of packets that wait for an acknowledgement, like 64M (default 256M)")
+	fs.Var(&s.umemChunks, "umem-chunks", "packet buffers of each worker (default by the number of queues)")
 	fs.BoolVar(&s.require, "require", false, "refuse connections that would stay plain")
 	fs.BoolVar(&s.keepGuard, "keep-guard", false, "after SIGTERM, still refuse connections that must not be plain, until the next start or --cleanup")
 	fs.Var(&s.guard, "guard", "keep encrypted connections shut to what does not come through the daemon: as far as the host allows, completely, or not")
@@ -153,6 +164,14 @@ func (s *settings) check() error {
 		return fmt.Errorf("numa: %d is not the number of a node", s.numa)
 	case s.resumeNonce < 0 || s.resumeNonce > crypto.MaxResumeNonce:
 		return fmt.Errorf("resume-nonce: %d is not between 0 and %d", s.resumeNonce, crypto.MaxResumeNonce)
+	case s.maxFlows > fastpath.MostFlows:
+		return fmt.Errorf("max-flows: %d is more than the %d that the maps hold", s.maxFlows, fastpath.MostFlows)
+	case s.maxHalfOpen > fastpath.MostFlows:
+		return fmt.Errorf("max-half-open: %d is more than the %d connections that the maps hold", s.maxHalfOpen, fastpath.MostFlows)
+	case s.memory != 0 && (s.memory < fastpath.LeastMemory || s.memory > maxMemory):
+		return fmt.Errorf("memory: %d is not between %d and %d", s.memory, fastpath.LeastMemory, maxMemory)
+	case s.umemChunks != 0 && (s.umemChunks < fastpath.LeastChunks || s.umemChunks > fastpath.MostChunks):
+		return fmt.Errorf("umem-chunks: %d is not between %d and %d", s.umemChunks, fastpath.LeastChunks, fastpath.MostChunks)
 	case s.rekeyEvery < 0:
 		return fmt.Errorf("rekey-every: %v is negative", s.rekeyEvery)
 	case s.guard.value == fastpath.GuardOff && s.keepGuard:
@@ -188,6 +207,7 @@ func (s *settings) hostConfig(log *slog.Logger) fastpath.HostConfig {
 
 		ResumeNonce: s.resumeNonce,
 		RekeyBytes:  uint64(s.rekeyBytes), RekeyFrames: uint64(s.rekeyFrames), RekeyEvery: s.rekeyEvery,
+		MaxFlows: int(s.maxFlows), MaxHalfOpen: int(s.maxHalfOpen), Memory: int(s.memory), UmemChunks: int(s.umemChunks),
 		TCPKeepalive: s.tcpKeepalive, KeepGuard: s.keepGuard,
 		Guard: s.guard.value, GuardCgroup: s.guardCgroup, GuardPins: s.guardPins,
 		Rules: s.rules,

@@ -45,6 +45,7 @@ enum control {
 	CONTROL_ENABLED, /* SYNs are diverted */
 	CONTROL_GENERIC, /* XDP is generic: injected packets meet it again */
 	CONTROL_BEAT,	 /* CLOCK_MONOTONIC in ns when the process last showed life */
+	CONTROL_SHED,	 /* SYNs from the wire are not taken: too many flows are half-open */
 	CONTROL_MAX,
 };
 
@@ -68,6 +69,7 @@ enum counter {
 	XDP_COUNT_SYN,
 	XDP_COUNT_SYN_NO_SOCKET,
 	XDP_COUNT_SYN_STALE,
+	XDP_COUNT_SYN_SHED,
 	XDP_COUNT_FRAGMENT,
 	XDP_COUNT_ICMP,
 	XDP_COUNT_ICMP_NO_SOCKET,
@@ -218,6 +220,8 @@ static __always_inline int from_wire(struct xdp_md *ctx)
 		if (is_syn(p.flags) && concerns(ctx, &p, end - data)) {
 			if (stale())
 				return pass(XDP_COUNT_SYN_STALE);
+			if (control_value(CONTROL_SHED))
+				return pass(XDP_COUNT_SYN_SHED);
 			return to_socket(ctx, XDP_COUNT_SYN, XDP_COUNT_SYN_NO_SOCKET, XDP_PASS);
 		}
 		return pass(XDP_COUNT_PASS);
