@@ -139,6 +139,8 @@ func (p *InnerPacket) Data() [][]byte { return p.data }
 type outMeta struct {
 	l3, l4 uint8
 	v6     bool
+	summed bool
+	sum    uint64 // of the payload, see packet.Sum; if summed
 }
 
 // Engine translates the flows of one worker. It does no I/O: packets and time
@@ -162,6 +164,7 @@ type Engine struct {
 
 	out       []xdp.Desc
 	outMeta   []outMeta
+	offload   bool // the port computes checksums
 	in        []InnerPacket
 	nIn       int
 	limbo     []ref // see releaseLater
@@ -207,14 +210,20 @@ func (e *Engine) ClearOut() { e.out, e.outMeta = e.out[:0], e.outMeta[:0] }
 
 // FinishOut completes the outgoing vector's TCP checksums: in software, or
 // through request, which asks the port's hardware for the checksum over
-// [start, end of frame) to be stored at start+offset.
+// [start, end of frame) to be stored at start+offset. The port is expected to go
+// on doing what it did the last time.
 func (e *Engine) FinishOut(request func(d *xdp.Desc, start, offset uint16)) {
+	e.offload = request != nil
 	for i := range e.out {
 		d, m := &e.out[i], &e.outMeta[i]
 		if m.l4 == 0 {
 			continue
 		}
 		f := e.umem.Bytes(d.Addr, int(d.Len))
+		if request == nil && m.summed {
+			packet.HeadChecksum(f, int(m.l3), int(m.l4), m.v6, m.sum)
+			continue
+		}
 		if request == nil {
 			packet.FullChecksum(f, int(m.l3), int(m.l4), m.v6)
 			continue
@@ -992,7 +1001,7 @@ func (e *Engine) SendOuter(frame []byte, now time.Duration) {
 		return
 	}
 	n := copy(e.umem.Bytes(addr, len(frame)), frame[:x.End])
-	e.pushOuter(xdp.Desc{Addr: addr, Len: uint32(n)}, outMeta{uint8(x.L3), uint8(x.L4), x.V6})
+	e.pushOuter(xdp.Desc{Addr: addr, Len: uint32(n)}, outMeta{l3: uint8(x.L3), l4: uint8(x.L4), v6: x.V6})
 }
 
 // SendInner injects a frame into the local stack. The frame must have come

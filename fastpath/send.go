@@ -2,6 +2,7 @@ package fastpath
 
 import (
 	"encoding/binary"
+	"math/bits"
 	"sort"
 	"time"
 
@@ -356,7 +357,7 @@ func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 		}
 		f.outer.SetECN(ecn)
 		if p := e.newOuter(f, &h, n); p != nil {
-			e.copyStored(f, from, p)
+			e.copyStored(f, from, p, &e.outMeta[len(e.outMeta)-1])
 		}
 		e.st.SegmentsOut++
 		if !fresh {
@@ -367,17 +368,26 @@ func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 	}
 }
 
-// copyStored copies the stored outer bytes from offset o on into p.
-func (e *Engine) copyStored(f *flow, o uint64, p []byte) {
-	for k := f.recByOuter(o); len(p) > 0; k++ {
+// copyStored copies the stored outer bytes from offset o on into p, the payload
+// of the frame that m is of. It sums them on the way, unless the port does.
+func (e *Engine) copyStored(f *flow, o uint64, p []byte, m *outMeta) {
+	m.summed = !e.offload
+	done := 0
+	for k := f.recByOuter(o); done < len(p); k++ {
 		r := f.recs.at(k)
 		n := int(r.oLen)
 		if r.fin {
 			n--
 		}
-		m := e.buf.bytes(r.ref, r.off, n)
-		c := copy(p, m[o-r.o:])
-		p = p[c:]
+		b := e.buf.bytes(r.ref, r.off, n)[o-r.o:]
+		b = b[:min(len(b), len(p)-done)]
+		if m.summed {
+			s, c := bits.Add64(m.sum, packet.SumAt(packet.CopySum(p[done:], b, 0), done), 0)
+			m.sum = s + c
+		} else {
+			copy(p[done:], b)
+		}
+		done += len(b)
 		o = r.o + uint64(r.oLen)
 	}
 }

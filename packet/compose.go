@@ -155,6 +155,15 @@ func FullChecksum(f []byte, l3, l4 int, v6 bool) {
 	binary.LittleEndian.PutUint16(t[16:], ^Fold(Sum(t, pseudoSum(f[l3:], v6, 6, len(t)))))
 }
 
+// HeadChecksum is FullChecksum of a frame whose payload has the given Sum.
+func HeadChecksum(f []byte, l3, l4 int, v6 bool, payload uint64) {
+	t := f[l4:]
+	t[16], t[17] = 0, 0
+	a := pseudoSum(f[l3:], v6, 6, len(t))
+	a, c := bits.Add64(a, payload, 0)
+	binary.LittleEndian.PutUint16(t[16:], ^Fold(Sum(t[:int(t[12]>>4)*4], a+c)))
+}
+
 // PartialChecksum writes the pseudo-header sum into the TCP checksum field, as
 // checksum offload (CHECKSUM_PARTIAL) wants it. l4len is the length of TCP
 // header and payload together, which may be more than the frame holds.

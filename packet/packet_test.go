@@ -313,6 +313,11 @@ func TestChecksums(t *testing.T) {
 				}
 				f[i] ^= 0x10
 			}
+			full := bytes.Clone(f)
+			HeadChecksum(f, s.L3, s.L4, v6, Sum(s.Payload(), 0))
+			if !bytes.Equal(f, full) {
+				t.Errorf("HeadChecksum %x, FullChecksum %x", f[s.L4+16:s.L4+18], full[s.L4+16:s.L4+18])
+			}
 			PartialChecksum(f, s.L3, s.L4, len(f)-s.L4, v6)
 			if got, want := binary.BigEndian.Uint16(f[s.L4+16:]), naiveSum(pseudo(v6, 6, len(f)-s.L4)); got != want {
 				t.Errorf("v6 %v, %d bytes: partial checksum %#x, want %#x", v6, n, got, want)

@@ -19,6 +19,29 @@ func Sum(b []byte, start uint64) uint64 {
 	return sumWords(b, start)
 }
 
+// CopySum copies src to dst, which must be as long or longer and must not overlap it, and
+// returns what Sum does for src: both in one pass over the memory.
+func CopySum(dst, src []byte, start uint64) uint64 {
+	dst = dst[:len(src):len(src)]
+	if len(src) >= vectorMin && hasVector {
+		n := len(src) &^ 31
+		s, c := bits.Add64(start, copySumVector(&dst[0], &src[0], n), 0)
+		start = s + c
+		dst, src = dst[n:], src[n:]
+	}
+	copy(dst, src)
+	return sumWords(src, start)
+}
+
+// SumAt makes of the sum of a piece that begins at the given offset what is to be
+// added for it.
+func SumAt(sum uint64, offset int) uint64 {
+	if offset&1 == 0 {
+		return sum
+	}
+	return uint64(bits.ReverseBytes16(Fold(sum)))
+}
+
 // sumWords is Sum, 8 bytes at a time.
 func sumWords(b []byte, a uint64) uint64 {
 	var c uint64

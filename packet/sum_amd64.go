@@ -12,3 +12,8 @@ var hasVector = cpu.X86.HasAVX2
 //
 //go:noescape
 func sumVector(p *byte, n int) uint64
+
+// copySumVector copies n bytes from src to dst and returns what sumVector does.
+//
+//go:noescape
+func copySumVector(dst, src *byte, n int) uint64

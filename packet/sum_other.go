@@ -7,4 +7,5 @@ const (
 	hasVector = false
 )
 
-func sumVector(*byte, int) uint64 { panic("packet: no vectors on this architecture") }
+func sumVector(*byte, int) uint64            { panic("packet: no vectors on this architecture") }
+func copySumVector(_, _ *byte, _ int) uint64 { panic("packet: no vectors on this architecture") }

@@ -1,6 +1,7 @@
 package packet
 
 import (
+	"bytes"
 	"math/rand/v2"
 	"testing"
 
@@ -32,6 +33,51 @@ func TestSumGuardPages(t *testing.T) {
 				if got, want := Fold(Sum(b, start)), Fold(sumWords(b, start)); got != want {
 					t.Fatalf("sum of %d bytes from %#x: %#x with vectors, %#x without", n, start, got, want)
 				}
+			}
+		}
+	}
+}
+
+// TestCopySum copies pieces between the edges of memory that may be touched.
+func TestCopySum(t *testing.T) {
+	page := unix.Getpagesize()
+	m, err := unix.Mmap(-1, 0, 5*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(m) }()
+	for _, at := range []int{0, 2 * page, 4 * page} {
+		if err := unix.Mprotect(m[at:at+page], unix.PROT_NONE); err != nil {
+			t.Fatal(err)
+		}
+	}
+	from, to := m[page:2*page], m[3*page:4*page]
+	rng := rand.New(rand.NewPCG(5, 6))
+	for n := range 2000 {
+		for _, at := range []int{0, page - n} {
+			src, dst := from[page-n-at:][:n], to[at:][:n]
+			for i := range src {
+				src[i] = byte(rng.Uint32())
+			}
+			clear(to)
+			if got, want := Fold(CopySum(dst, src, 7)), Fold(Sum(src, 7)); got != want {
+				t.Fatalf("%d bytes: sum %#x, want %#x", n, got, want)
+			}
+			if !bytes.Equal(dst, src) {
+				t.Fatalf("%d bytes are not copied", n)
+			}
+			if s := bytes.Count(to, []byte{0}) - bytes.Count(dst, []byte{0}); s != page-n {
+				t.Fatalf("%d bytes: others were written", n)
+			}
+			// The same in three pieces at any offsets.
+			a := rng.IntN(n + 1)
+			b := a + rng.IntN(n+1-a)
+			sum := uint64(0)
+			for _, p := range [][2]int{{0, a}, {a, b}, {b, n}} {
+				sum += uint64(Fold(SumAt(CopySum(dst[p[0]:], src[p[0]:p[1]], 0), p[0])))
+			}
+			if Fold(sum) != Fold(Sum(src, 0)) {
+				t.Fatalf("%d bytes cut at %d and %d: sum %#x, want %#x", n, a, b, Fold(sum), Fold(Sum(src, 0)))
 			}
 		}
 	}
