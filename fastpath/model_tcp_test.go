@@ -54,6 +54,7 @@ type modelConfig struct {
 	lossy            bool          // packets between model and engine may be lost or doubled
 	minRTO           time.Duration
 	dscp             uint8
+	givesUp          bool // resets when nothing is answered: an attacker may have cut the connection
 	tlp              bool // tail loss probes (RFC 8985 section 7)
 	mtuProbe         bool // smaller segments after timeouts, now and then a larger one (RFC 4821)
 }
@@ -508,6 +509,9 @@ func (m *model) tick(now time.Duration) {
 			m.kaAt = 0
 		} else if m.una == m.max && m.nxt >= m.end() {
 			m.asked("keep-alive")
+			if m.reset {
+				return
+			}
 			if m.rng.IntN(2) == 0 {
 				m.transmit(m.una-1, 0, 0, false)
 			} else {
@@ -529,6 +533,10 @@ func (m *model) asked(what string) {
 	// A keep-alive is answered by authentic data, which may wait for a
 	// retransmission.
 	if m.unanswered > 12 && m.now-m.askedAt > 15*time.Second {
+		if m.cfg.givesUp {
+			m.abort()
+			return
+		}
 		m.fail("%s: %d probes without an answer, the last a %s", m.name, m.unanswered, what)
 	}
 }
@@ -549,6 +557,9 @@ func (m *model) timeout() {
 		m.shrink()
 	}
 	m.asked("retransmission")
+	if m.reset {
+		return
+	}
 	m.resendHead()
 	// Go back: what follows is sent again as acknowledgements allow.
 	m.nxt = min(m.una+m.recutLen(m.max-m.una), m.max)
@@ -562,6 +573,9 @@ func (m *model) persist() {
 	}
 	m.backoff++
 	m.asked("window probe")
+	if m.reset {
+		return
+	}
 	if wnd := int64(m.edge - m.nxt); wnd > 0 {
 		m.nxt = m.segment(m.nxt, int(min(wnd, int64(m.cfg.mss))))
 		m.nxt = max(m.nxt, m.una)

@@ -175,6 +175,7 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 	}
 	if sc.mayAbort {
 		for k := range c.model {
+			c.model[k].givesUp = sc.net[0].attack+sc.net[1].attack > 0
 			if c.model[k].keepalive == 0 {
 				c.model[k].keepalive = 3 * time.Second
 			}
