@@ -155,6 +155,10 @@ func (m *Machine) activeInner(f *flow, s *packet.Segment) {
 			return
 		}
 		m.refused(f, s, packet.FromInner)
+	case f.phase == phaseOffered && s.Flags&packet.ACK != 0:
+		// It is not in SYN-SENT any more: a SYN without ENO crossed ours and
+		// reached it before the flow was diverted.
+		m.toPlain(f, s, packet.FromInner, ReasonSimultaneous)
 	default:
 		m.count(dropInner)
 	}

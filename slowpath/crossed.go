@@ -86,11 +86,12 @@ func (m *Machine) crossedOuter(f *flow, s *packet.Segment) {
 		}
 		f.release = m.finalAck(f, s)
 		f.edge = int(s.Wnd)
-		m.startExchange(f)
 		if f.role() == crypto.RoleB {
-			// Ours may have been lost.
+			// Ours may have been lost. Afterwards the flow may be the fast
+			// path's.
 			m.sendAck(f)
 		}
+		m.startExchange(f)
 	case !hasENO(s.Options()):
 		m.toPlain(f, s, packet.FromOuter, ReasonNoENOInAck)
 	default:

@@ -265,8 +265,8 @@ func initReason(err error) string {
 // of its handshake.
 func (m *Machine) install(f *flow, sess *crypto.Session, pending []byte) {
 	v6 := f.outer.V6()
-	acts := len(m.acts)
-	m.emit(Action{Kind: Install, Key: f.key})
+	// First what this side still says by itself: the fast path may answer the
+	// pending bytes at once, with a window that must not retreat (T13).
 	if resumed := f.resume && !f.active; !resumed && (f.role() == crypto.RoleA || !m.pump(f, false)) {
 		m.sendAck(f)
 	}
@@ -285,7 +285,10 @@ func (m *Machine) install(f *flow, sess *crypto.Session, pending []byte) {
 	if est.WScaleOK {
 		est.LocalWScale, est.RemoteWScale = f.local.wscale, f.remote.wscale
 	}
-	m.acts[acts].Est = est
+	if f.tsOK {
+		capTSval(f.release, f.tsRemote)
+	}
+	m.emit(Action{Kind: Install, Key: f.key, Est: est})
 	m.emit(Action{Kind: SendInner, Key: f.key, Frame: bytes.Clone(f.release)})
 	if f.fin != nil {
 		m.emit(Action{Kind: Reinject, Dir: packet.FromOuter, Key: f.key, Frame: f.fin})

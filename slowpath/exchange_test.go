@@ -43,7 +43,7 @@ func TestActiveEstablished(t *testing.T) {
 	msg := s.init2(crypto.TEPX25519, nil)
 	frames := []byte("frames that follow")
 	s.outer(s.data(0, len(s.localInit), append(bytes.Clone(msg), frames...)))
-	s.wantKinds(Install, SendOuter, SendInner)
+	s.wantKinds(SendOuter, Install, SendInner)
 	s.wantReport(StateEncrypted, "")
 	e := s.installed()
 	s.wantSession(e, msg)
@@ -90,6 +90,22 @@ func wantEstablished(t *testing.T, e, want *Established) {
 	}
 }
 
+// The segment that turned encryption on was ahead of others: the released ACK has
+// no timestamp that makes those look old.
+func TestReleaseTimestamp(t *testing.T) {
+	s := newScript(t, Config{})
+	s.listening(crypto.TEPX25519)
+	s.answered()
+	x := firstACK(true, 300, []byte("later"))
+	copy(x.opts, timestamps(99, 11))
+	s.outer(x)
+	s.outer(s.data(0, 0, s.init1(crypto.TEPX25519, false, nil)))
+	e := s.installed()
+	if rel := s.one(SendInner); rel.TSval != 30 || e.TSRemote != 30 || !bytes.Equal(rel.Frame, e.Release) {
+		t.Errorf("released with TSval %d, the newest in order is %d", rel.TSval, e.TSRemote)
+	}
+}
+
 func TestPassiveEstablished(t *testing.T) {
 	s := newScript(t, Config{MTU: 1300})
 	s.listening(crypto.TEPP256, crypto.TEPX25519)
@@ -107,7 +123,7 @@ func TestPassiveEstablished(t *testing.T) {
 	s.none()
 	msg := trailing(s.init1(crypto.TEPX25519, false, nil), 5)
 	s.outer(s.data(0, 0, append(bytes.Clone(msg), "xyz"...)))
-	s.wantKinds(Install, SendOuter, SendInner)
+	s.wantKinds(SendOuter, Install, SendInner)
 	e := s.installed()
 	s.wantSession(e, msg)
 	out := s.one(SendOuter)
@@ -524,7 +540,7 @@ func TestFINWithInit(t *testing.T) {
 	d := s.data(0, len(s.localInit), append(msg, "frame"...))
 	d.flags |= packet.FIN
 	s.outer(d)
-	s.wantKinds(Install, SendOuter, SendInner, Reinject)
+	s.wantKinds(SendOuter, Install, SendInner, Reinject)
 }
 
 // After Install everything of the flow is for the fast path, except a new

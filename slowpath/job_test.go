@@ -114,7 +114,7 @@ func TestOffloadGoesOn(t *testing.T) {
 	s.wantKinds(SendOuter)
 	j.Run()
 	s.agreed(j)
-	s.wantKinds(Install, SendOuter, SendInner, Reinject)
+	s.wantKinds(SendOuter, Install, SendInner, Reinject)
 	e := s.installed()
 	s.wantSession(e, msg)
 	if want := append(frames, 'x'); !bytes.Equal(e.RxPending, want) {

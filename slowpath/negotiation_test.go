@@ -665,6 +665,22 @@ func TestSimultaneousOpen(t *testing.T) {
 	}
 }
 
+// A SYN without ENO reached the inner stack before ours was diverted: what it
+// says next shows that the connection is open, and plain.
+func TestCrossedByPlainSYN(t *testing.T) {
+	for _, flags := range []uint8{packet.SYN | packet.ACK, packet.ACK} {
+		s := newScript(t, Config{})
+		s.connect()
+		s.inner(tcp{seq: localISS, ack: peerISS + 1, flags: flags, wnd: 1000})
+		s.wantKinds(SendOuter, Undivert)
+		s.wantReport(StatePlain, ReasonSimultaneous)
+	}
+	s := newScript(t, Config{Policy: always(Policy{Verdict: Require})})
+	s.connect()
+	s.inner(tcp{seq: localISS, ack: peerISS + 1, flags: packet.SYN | packet.ACK, wnd: 1000})
+	s.wantReport(StateFailed, ReasonRequired)
+}
+
 // The application gave up and its port is used again.
 func TestPortReuse(t *testing.T) {
 	s := newScript(t, Config{})

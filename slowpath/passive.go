@@ -354,3 +354,19 @@ func (m *Machine) finalAck(f *flow, s *packet.Segment) []byte {
 	binary.BigEndian.PutUint16(t[18:], 0)
 	return b
 }
+
+// capTSval lowers the TSval of a segment to the newest that was accepted in
+// order. The inner stack would take what is older for a duplicate (RFC 7323
+// section 5), and the peer's earlier segments may be still on their way.
+func capTSval(frame []byte, newest uint32) {
+	var s packet.Segment
+	if packet.Parse(frame, packet.FromOuter, &s) != nil || !s.HasTS || packet.SeqDiff(s.TSval, newest) <= 0 {
+		return
+	}
+	_ = packet.WalkOptions(s.Options(), func(o []byte) bool {
+		if o[0] == packet.OptTimestamp && len(o) == 10 {
+			binary.BigEndian.PutUint32(o[2:], newest)
+		}
+		return true
+	})
+}

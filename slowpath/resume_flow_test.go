@@ -136,7 +136,7 @@ func TestResumedSYNACK(t *testing.T) {
 		}
 		s.peerENO = AppendAnswer(nil, enoA, u.suboption(peerNonce))
 		s.outer(tightSYNACK(s.peerENO))
-		s.wantKinds(Install, SendOuter, SendInner)
+		s.wantKinds(SendOuter, Install, SendInner)
 		e := s.installed()
 		s.wantResumed(e, u)
 		if !e.Unheard || !e.PeerAppAware {
@@ -272,7 +272,7 @@ func TestResumeSimultaneousOpen(t *testing.T) {
 			}
 			continue
 		}
-		s.wantKinds(Install, SendOuter, SendInner)
+		s.wantKinds(SendOuter, Install, SendInner)
 		s.wantResumed(s.installed(), u)
 		// The window of a SYN-ACK is not scaled, that of the ACK made of it is.
 		if ack := s.one(SendInner); ack.Flags != packet.ACK || ack.Seq != peerISS+1 || ack.Wnd != 65160>>7 {
