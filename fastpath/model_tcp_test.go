@@ -35,12 +35,14 @@ const (
 
 type modelConfig struct {
 	mss    int // payload bytes of a full segment
+	ourMSS int // as announced in a SYN
 	rcvMSS int // payload bytes of a full segment towards the model
 	gso    int // most payload bytes of a super-segment
 	rcvBuf uint64
 	sndBuf uint64
 	sack   bool
 	ts     bool
+	ws     bool
 	ecn    bool
 	urg    bool
 	// shifts of the windows that the model announces and is announced
@@ -89,9 +91,13 @@ type model struct {
 	tsBase   uint32
 	seg      packet.Segment
 
-	started bool
-	reset   bool
-	lateRST bool // a reset came when both applications had all, and cost nothing
+	started  bool
+	opening  uint8
+	plain    bool // no engine is between this model and the network
+	shielded bool // but a slow path was, which takes ENO out
+	bareTS   bool // segments that were passed on may lack their timestamps
+	reset    bool
+	lateRST  bool // a reset came when both applications had all, and cost nothing
 
 	written    uint64
 	nextWrite  time.Duration
@@ -113,6 +119,8 @@ type model struct {
 	rttvar     time.Duration
 	backoff    uint
 	rtoAt      time.Duration
+	synAt      time.Duration
+	synTries   uint
 	ptoAt      time.Duration // of the tail loss probe
 	probed     bool          // the tail was
 	fullMSS    int           // as long as mtuProbe has made mss smaller
@@ -262,12 +270,8 @@ func (m *model) transmit(o uint64, n int, flags uint8, garbage bool) {
 		}
 	}
 	m.tmpl.SetECN(ecn)
-	buf := m.alloc(xdp.VnetHdrLen + packet.MaxHeaders + data)
-	hl := m.tmpl.Compose(buf[xdp.VnetHdrLen:], &h, data)
-	buf = buf[:xdp.VnetHdrLen+hl+data]
-	l3, l4 := m.tmpl.L3(), m.tmpl.L4()
+	buf, hl := m.compose(&h, data)
 	frame := buf[xdp.VnetHdrLen:]
-	packet.PartialChecksum(frame, l3, l4, len(frame)-l4, m.tmpl.V6())
 	if garbage {
 		for i := range data {
 			frame[hl+i] = byte(m.rng.Uint32())
@@ -275,7 +279,7 @@ func (m *model) transmit(o uint64, n int, flags uint8, garbage bool) {
 	} else {
 		copy(frame[hl:], content(m.phase, o, data))
 	}
-	v := xdp.VnetHdr{Flags: xdp.VnetNeedsCsum, CsumStart: uint16(l4), CsumOffset: 16}
+	v := xdp.VnetHdr{Flags: xdp.VnetNeedsCsum, CsumStart: uint16(m.tmpl.L4()), CsumOffset: 16}
 	if data > m.cfg.mss {
 		v.GSOType, v.GSOSize, v.HdrLen = xdp.VnetGSOTCPv4, uint16(m.cfg.mss), uint16(hl)
 		if m.tmpl.V6() {
@@ -295,6 +299,17 @@ func (m *model) transmit(o uint64, n int, flags uint8, garbage bool) {
 		m.max = max(m.max, o+uint64(n))
 	}
 	m.out(buf)
+}
+
+// compose makes a packet with so many payload bytes, which the caller fills in as
+// he does the virtio-net header. hl is the length of the other headers.
+func (m *model) compose(h *packet.Header, data int) (buf []byte, hl int) {
+	buf = m.alloc(xdp.VnetHdrLen + packet.MaxHeaders + data)
+	hl = m.tmpl.Compose(buf[xdp.VnetHdrLen:], h, data)
+	buf = buf[:xdp.VnetHdrLen+hl+data]
+	l3, l4 := m.tmpl.L3(), m.tmpl.L4()
+	packet.PartialChecksum(buf[xdp.VnetHdrLen:], l3, l4, len(buf)-xdp.VnetHdrLen-l4, m.tmpl.V6())
+	return buf, hl
 }
 
 func (m *model) sendAck() { m.transmit(m.nxt, 0, 0, false) }
@@ -317,7 +332,7 @@ func (m *model) segment(o uint64, n int) uint64 {
 
 // send transmits what windows allow.
 func (m *model) send() {
-	if m.reset || !m.started {
+	if m.reset || !m.started || m.opening != opened {
 		return
 	}
 	mss := uint64(m.cfg.mss)
@@ -469,7 +484,7 @@ func (m *model) deadline() time.Duration {
 	if m.reset {
 		return d
 	}
-	for _, t := range [...]time.Duration{m.rtoAt, m.ptoAt, m.persistAt, m.kaAt, m.delackAt, m.nextWrite, m.nextRead} {
+	for _, t := range [...]time.Duration{m.synAt, m.rtoAt, m.ptoAt, m.persistAt, m.kaAt, m.delackAt, m.nextWrite, m.nextRead} {
 		if t != 0 {
 			d = min(d, t)
 		}
@@ -480,6 +495,12 @@ func (m *model) deadline() time.Duration {
 func (m *model) tick(now time.Duration) {
 	m.now = now
 	if m.reset || !m.started {
+		return
+	}
+	if m.opening != opened {
+		if m.synAt != 0 && now >= m.synAt {
+			m.sendSYN()
+		}
 		return
 	}
 	if m.nextWrite != 0 && now >= m.nextWrite {
@@ -668,8 +689,14 @@ func (m *model) input(buf []byte, now time.Duration) {
 	}
 	m.checkVnet(v, s)
 	m.unanswered = 0
+	if m.opening != opened && m.inputOpening(s) {
+		return
+	}
 	o := offOf(m.irs, s.Seq, m.rcv)
 	n := int64(s.Len())
+	if m.plain && s.Flags&packet.SYN == 0 && !m.acceptable(s, o, n) {
+		return
+	}
 	if s.Flags&packet.RST != 0 {
 		m.inputReset(s, o)
 		return
@@ -682,11 +709,11 @@ func (m *model) input(buf []byte, now time.Duration) {
 		m.fail("%s: segment without ACK", m.name)
 		return
 	}
-	if m.cfg.ts != s.HasTS {
+	if m.cfg.ts != s.HasTS && !m.plain && !m.bareTS {
 		m.fail("%s: timestamp option %v, want %v", m.name, s.HasTS, m.cfg.ts)
 		return
 	}
-	if s.HasTS {
+	if s.HasTS && m.cfg.ts {
 		if packet.SeqDiff(s.TSval, m.tsRecent) < 0 {
 			m.fail("%s: TSval went back from %d to %d", m.name, m.tsRecent, s.TSval)
 		}
@@ -696,7 +723,9 @@ func (m *model) input(buf []byte, now time.Duration) {
 		if packet.SeqDiff(s.TSecr, m.tsSent) > 0 {
 			m.fail("%s: TSecr %d is ahead of what was sent, %d", m.name, s.TSecr, m.tsSent)
 		}
-		m.tsRecent = s.TSval
+		if o <= int64(m.rcv) {
+			m.tsRecent = s.TSval
+		}
 	}
 	if o+n < int64(m.rcv) && n > 0 || o < int64(m.rcv) {
 		m.dupData++
@@ -719,7 +748,7 @@ func (m *model) checkVnet(v xdp.VnetHdr, s *packet.Segment) {
 		m.fail("%s: virtio-net header without checksum request: %+v", m.name, v)
 	case !s.ChecksumOK(true):
 		m.fail("%s: bad pseudo-header sum", m.name)
-	case s.Len() > m.cfg.rcvMSS && (int(v.GSOSize) != m.cfg.rcvMSS || gso == 0):
+	case s.Len() > m.cfg.rcvMSS && !m.plain && (int(v.GSOSize) > m.cfg.rcvMSS || v.GSOSize == 0 || gso == 0):
 		m.fail("%s: %d bytes without segmentation: %+v", m.name, s.Len(), v)
 	case gso != 0 && (gso == xdp.VnetGSOTCPv6) != s.V6:
 		m.fail("%s: wrong GSO type: %+v", m.name, v)
@@ -735,7 +764,7 @@ func (m *model) inputReset(s *packet.Segment, o int64) {
 	case o == int64(m.rcv):
 		m.lateRST = m.eof && m.peer.eof
 		m.reset = true
-	case !m.cfg.lossy:
+	case !m.cfg.lossy && !m.plain:
 		m.fail("%s: reset at %d, rcv_nxt is %d", m.name, o, m.rcv)
 	case o > int64(m.rcv) && o <= int64(m.rcvEdge):
 		m.challenge++
@@ -750,7 +779,7 @@ func (m *model) inputAck(s *packet.Segment, o, n int64) {
 		return
 	}
 	if a < int64(m.una) {
-		if !m.cfg.lossy {
+		if !m.cfg.lossy && !m.plain {
 			m.fail("%s: acknowledgement went back from %d to %d", m.name, m.una, a)
 		}
 		return
@@ -763,7 +792,7 @@ func (m *model) inputAck(s *packet.Segment, o, n int64) {
 	edge := ack + wnd
 	// The window may be taken back to zero, and may shrink over bytes that
 	// were not sent; nothing else is legal for a translator in one process.
-	if wnd != 0 && edge < m.edge && edge+1<<m.cfg.peerShift <= m.consumed && !m.cfg.lossy && s.Wnd != 65535 {
+	if wnd != 0 && edge < m.edge && edge+1<<m.cfg.peerShift <= m.consumed && !m.cfg.lossy && !m.plain && s.Wnd != 65535 {
 		m.fail("%s: window edge retreats from %d to %d below %d, which was sent", m.name, m.edge, edge, m.consumed)
 	}
 	moved := edge != m.edge
@@ -857,12 +886,18 @@ func (m *model) inputAck(s *packet.Segment, o, n int64) {
 }
 
 func (m *model) inputSACK(s *packet.Segment) (news bool) {
+	if m.plain && (!m.cfg.sack || offOf(m.iss, s.Ack, m.una) < int64(m.una)) {
+		return false
+	}
 	if s.NSACK > 0 && !m.cfg.sack {
 		m.fail("%s: SACK was not negotiated", m.name)
 	}
 	una := max(int64(m.una), offOf(m.iss, s.Ack, m.una))
 	for _, b := range s.SACK[:s.NSACK] {
 		l, r := offOf(m.iss, b[0], m.una), offOf(m.iss, b[1], m.una)
+		if m.plain && (l >= r || r > int64(m.max) || l <= una) {
+			continue
+		}
 		if l >= r || r > int64(m.max) || l <= una {
 			m.fail("%s: SACK block [%d,%d) with una %d and %d sent", m.name, l, r, una, m.max)
 			continue
@@ -921,10 +956,27 @@ func (m *model) inputData(s *packet.Segment, o, n int64) {
 		}
 		return
 	}
+	data := s.Payload()
+	if skip := int64(m.rcv) - o; m.plain && skip > 0 {
+		// Had before, or a probe's garbage.
+		if skip >= n && !(fin && skip == n) {
+			m.sendAck()
+			return
+		}
+		data, o, n = data[skip:], o+skip, n-skip
+	}
 	if m.peer != nil {
-		m.checkContent(s, o, n, fin)
+		m.checkContent(s, data, o, fin)
 	}
 	end := o + n
+	if m.plain && end > int64(m.rcvEdge) {
+		end, fin = int64(m.rcvEdge), false
+		n = end - o
+		if n <= 0 {
+			m.sendAck()
+			return
+		}
+	}
 	if end > int64(m.rcvEdge) && !m.eof {
 		m.fail("%s: data to %d, the window ends at %d", m.name, end, m.rcvEdge)
 	}
@@ -936,7 +988,7 @@ func (m *model) inputData(s *packet.Segment, o, n int64) {
 		return
 	}
 	if o > int64(m.rcv) {
-		if !m.cfg.lossy {
+		if !m.cfg.lossy && !m.plain {
 			m.fail("%s: data at %d, rcv_nxt is %d: a gap", m.name, o, m.rcv)
 		}
 		m.ooo.add(uint64(o), uint64(end))
@@ -971,14 +1023,15 @@ func (m *model) inputData(s *packet.Segment, o, n int64) {
 }
 
 // checkContent compares with what the other application wrote.
-func (m *model) checkContent(s *packet.Segment, o, n int64, fin bool) {
+func (m *model) checkContent(s *packet.Segment, data []byte, o int64, fin bool) {
 	p := m.peer
+	n := int64(len(data))
 	if o < 0 || uint64(o+n) > p.written {
 		m.fail("%s: data [%d,%d), the other side wrote %d", m.name, o, o+n, p.written)
 		return
 	}
-	if string(content(p.phase, uint64(o), int(n))) != string(s.Payload()) {
-		want, got := content(p.phase, uint64(o), int(n)), s.Payload()
+	if string(content(p.phase, uint64(o), int(n))) != string(data) {
+		want, got := content(p.phase, uint64(o), int(n)), data
 		k := 0
 		for want[k] == got[k] {
 			k++
@@ -991,8 +1044,8 @@ func (m *model) checkContent(s *packet.Segment, o, n int64, fin bool) {
 	}
 	if s.Flags&packet.URG != 0 {
 		m.urgSeen++
-		if !p.urgAll[uint64(o)+uint64(s.Urg)] {
-			m.fail("%s: urgent pointer to %d, which was not urgent", m.name, uint64(o)+uint64(s.Urg))
+		if at := uint64(offOf(m.irs, s.Seq, m.rcv)) + uint64(s.Urg); !p.urgAll[at] {
+			m.fail("%s: urgent pointer to %d, which was not urgent", m.name, at)
 		}
 	}
 }

@@ -31,6 +31,15 @@ type netConfig struct {
 // plain and outer bytes, equal modulo 2^32.
 type warp struct{ i, o uint64 }
 
+// What the network takes out of SYNs.
+const (
+	stripENO    = 1 << iota // of the SYN
+	stripENOAck             // of the SYN-ACK
+	stripSACK               // of the SYN
+	stripTS                 // of the SYN
+	stripWS                 // of the SYN
+)
+
 // flowConfig is one connection.
 type flowConfig struct {
 	aead              crypto.AEAD
@@ -47,7 +56,11 @@ type flowConfig struct {
 	lateInstall       bool
 	iss               [2]uint32
 	lateTime          time.Duration
-	warp              [2]warp // by sending node
+	startAt           time.Duration // lives: when it is opened
+	crossing          bool          // lives: by both
+	passiveRole       bool          // lives: with b = 1 on node 1
+	strip             uint8         // lives: options that the network takes out of SYNs
+	warp              [2]warp       // by sending node
 }
 
 type scenario struct {
@@ -66,6 +79,9 @@ type scenario struct {
 	pollDelay    time.Duration // most time that packets gather to a vector
 	virtual      bool          // checksum offload between virtual devices
 	mayAbort     bool          // a reset is a legal outcome
+	lives        bool          // connections are opened by the slow path, or are plain
+	daemon       [2]bool       // lives: the nodes that have one
+	resume       bool          // lives: sessions are cached
 	source       rand.Source   // of all chance, instead of the seed
 	limit        time.Duration // everything must have ended by then
 }
@@ -99,6 +115,7 @@ func (c *flowConfig) fix() {
 		m := &c.model[k]
 		m.sack, m.ts, m.ecn = c.sack, c.ts, c.ecn
 		m.mss = c.mss - overhead
+		m.ourMSS, m.ws = c.mss, c.ws
 		m.rcvMSS = c.mss
 		if c.ts {
 			m.mss -= 12

@@ -1,6 +1,7 @@
 package fastpath
 
 import (
+	"bytes"
 	"encoding/binary"
 	"time"
 
@@ -27,7 +28,11 @@ func (s *sim) sent(from int, b []byte) {
 	if len(g.Frame) != len(b) {
 		s.fail("node %d: %d bytes behind the packet", from, len(b)-len(g.Frame))
 	}
-	f.wire[from].observe(&g)
+	if f.up[from] && !f.gone[from] {
+		f.wire[from].observe(&g)
+	} else if (f.up[0] || f.up[1]) && bytes.Contains(g.Payload(), []byte(canary)) {
+		s.fail("node %d: plaintext of an encrypted connection to the wire", from)
+	}
 	if s.dropSegment != nil && s.dropSegment(from, &g) {
 		s.logf("lost")
 		s.putBuf(b)
@@ -44,6 +49,11 @@ func (s *sim) travel(from int, b []byte) {
 		s.putBuf(b)
 		return
 	}
+	var g packet.Segment
+	packet.Parse(b, packet.FromInner, &g)
+	if s.sc.lives && g.Flags&packet.SYN != 0 {
+		s.stripSYN(&g)
+	}
 	if s.now >= s.sc.quiet {
 		s.schedule(from, b, c.delay)
 		return
@@ -53,8 +63,6 @@ func (s *sim) travel(from int, b []byte) {
 		s.putBuf(b)
 		return
 	}
-	var g packet.Segment
-	packet.Parse(b, packet.FromInner, &g)
 	if c.mtu != 0 && s.now >= c.mtuAt && len(b)-g.L3 > c.mtu {
 		s.logf("too big")
 		if !c.blackhole {
@@ -77,7 +85,7 @@ func (s *sim) travel(from int, b []byte) {
 	}
 	if s.chance(c.corrupt) {
 		b[g.L3+s.rng.IntN(len(b)-g.L3)] ^= 1 << s.rng.IntN(8)
-	} else if g.Len() > 0 && s.chance(c.forge) {
+	} else if g.Len() > 0 && s.forgeable(&g) && s.chance(c.forge) {
 		b[g.Data+s.rng.IntN(g.Len())] ^= 1 << s.rng.IntN(8)
 		packet.FullChecksum(b, g.L3, g.L4, g.V6)
 	} else if g.Len() > 1 && s.chance(c.split) {
@@ -110,11 +118,21 @@ func (n *simNode) out(c *netConfig) bool {
 	return n.outage.s <= now
 }
 
+// forgeable reports whether g is protected: a plain connection would deliver
+// what is forged.
+func (s *sim) forgeable(g *packet.Segment) bool {
+	f := s.nodes[0].flows[g.Key]
+	if f == nil {
+		f = s.nodes[1].flows[g.Key]
+	}
+	return f != nil && f.up[0] && f.up[1]
+}
+
 // attack sends a segment that an attacker made up who sees g, but has no keys.
 // Where the scenario allows no abort, it is one that TCP withstands, too.
 func (s *sim) attack(from int, g *packet.Segment) {
 	f := s.nodes[from].flows[g.Key]
-	if f == nil || g.Flags&(packet.SYN|packet.RST) != 0 {
+	if f == nil || g.Flags&(packet.SYN|packet.RST) != 0 || !f.up[0] || !f.up[1] {
 		return
 	}
 	w, rev := f.wire[from], f.wire[1-from]
@@ -195,6 +213,13 @@ func (s *sim) slice(g *packet.Segment, off, m int) []byte {
 	binary.BigEndian.PutUint32(b[g.L4+4:], g.Seq+uint32(off))
 	if off+m < len(p) {
 		b[g.L4+13] &^= packet.FIN | packet.PSH
+	}
+	if g.Flags&packet.URG != 0 {
+		if int(g.Urg) > off {
+			binary.BigEndian.PutUint16(b[g.L4+18:], g.Urg-uint16(off))
+		} else {
+			b[g.L4+13] &^= packet.URG
+		}
 	}
 	packet.FullChecksum(b, g.L3, g.L4, g.V6)
 	return b
@@ -298,10 +323,16 @@ func (s *sim) mergeRun(q [][]byte, i *int) []byte {
 func (s *sim) deliver(node int, b []byte, forged bool) {
 	n := s.nodes[node]
 	var g packet.Segment
-	if packet.Parse(b, packet.FromOuter, &g) == nil {
+	if err := packet.Parse(b, packet.FromOuter, &g); err == packet.ErrNotTCP && s.sc.lives {
+		n.icmpToModel(b, true)
+	} else if err == nil {
 		if f := n.flows[g.Key]; f != nil && g.ChecksumOK(s.sc.virtual) {
 			f.wire[1-node].arrived(&g, forged)
-			if !f.up[node] {
+			if s.sc.lives && !n.takesOuter(&g) {
+				n.plainIn(b, &g)
+				return
+			}
+			if !f.up[node] && !s.sc.lives {
 				s.putBuf(b)
 				return
 			}

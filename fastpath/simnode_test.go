@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
 )
 
@@ -16,6 +17,8 @@ type simNode struct {
 	id      int
 	e       *Engine
 	u       *xdp.Umem
+	m       *slowpath.Machine // nil: flows are handed over, or plain
+	divert  map[packet.Key]bool
 	flows   map[packet.Key]*simFlow
 	outer   [][]byte
 	inner   [][]byte
@@ -40,6 +43,10 @@ func (n *simNode) fromModel(b []byte) {
 	var g packet.Segment
 	if packet.Parse(b[xdp.VnetHdrLen:], packet.FromInner, &g) == nil && g.Flags&packet.RST != 0 {
 		quiet = true
+	}
+	if s.sc.lives && !n.takesInner(&g) {
+		n.plainOut(b, &g)
+		return
 	}
 	if !quiet && s.chance(c.tapReadLoss) || s.drop != nil && s.drop(false) {
 		s.logf("lost")
@@ -142,8 +149,17 @@ func (n *simNode) drain() {
 		n.toModel(b)
 	}
 	n.e.ClearIn()
-	for _, ev := range n.e.Events() {
-		n.event(&ev)
+	evs := n.e.Events()
+	if len(evs) == 0 {
+		return
+	}
+	// What they cause are calls of the engine.
+	evs = append([]Event(nil), evs...)
+	for i := range evs {
+		n.event(&evs[i])
+	}
+	if n.m != nil {
+		n.drain()
 	}
 }
 
@@ -157,6 +173,10 @@ func (n *simNode) event(ev *Event) {
 	case FlowGone:
 		f := n.flows[ev.Key]
 		f.gone[n.id] = true
+		if n.m != nil {
+			n.m.Gone(ev.Key)
+			delete(n.divert, ev.Key)
+		}
 		if ev.Destroy {
 			f.m[n.id].reset = true
 		} else if m := f.m[n.id]; m.eof && m.peer.eof {
@@ -167,6 +187,10 @@ func (n *simNode) event(ev *Event) {
 			s.fail("node %d: flow is gone, its socket is not done: %v", n.id, f.m[n.id])
 		}
 	case SlowFrame:
+		if n.m != nil {
+			n.carryOut(n.m.Input(ev.Dir, ev.Frame, s.now))
+			return
+		}
 		// A kernel without the socket answers with a reset.
 		var g packet.Segment
 		if ev.Dir == packet.FromOuter && packet.Parse(ev.Frame, packet.FromOuter, &g) == nil && g.Flags&packet.RST == 0 {
@@ -174,11 +198,7 @@ func (n *simNode) event(ev *Event) {
 			if f == nil || !f.up[n.id] || f.m[n.id].rcv == 0 && !f.gone[n.id] {
 				return
 			}
-			b := s.getBuf(packet.MaxHeaders)
-			h := packet.Header{Seq: g.Ack, Flags: packet.RST}
-			b = b[:f.m[n.id].tmpl.Compose(b, &h, 0)]
-			packet.FullChecksum(b, g.L3, len(b)-packet.TCPLen, g.V6)
-			s.travel(n.id, b)
+			n.refuse(ev.Frame, &g)
 		}
 	}
 }
@@ -191,7 +211,7 @@ func (n *simNode) toModel(b []byte) {
 	frame := b[xdp.VnetHdrLen:]
 	var g packet.Segment
 	if err := packet.Parse(frame, packet.FromOuter, &g); err == packet.ErrNotTCP {
-		n.icmpToModel(frame)
+		n.icmpToModel(frame, false)
 		return
 	} else if err != nil {
 		s.fail("node %d: bad packet to the inner side: %v", n.id, err)
@@ -218,11 +238,14 @@ func (n *simNode) toModel(b []byte) {
 	}
 }
 
-// icmpToModel checks a translated ICMP error and lets the model act on it.
-func (n *simNode) icmpToModel(frame []byte) {
+// icmpToModel checks an ICMP error and lets the model act on it. One from the wire
+// is for plain connections, the others were translated.
+func (n *simNode) icmpToModel(frame []byte, wire bool) {
 	s := n.s
 	var x packet.L3Info
-	if err := packet.ParseL3(frame, &x); err != nil || !packet.ICMPChecksumOK(frame[:x.End], x.L3, x.L4, x.V6) {
+	if err := packet.ParseL3(frame, &x); wire && (err != nil || x.Proto != 1 && x.Proto != 58 || !packet.ICMPChecksumOK(frame[:x.End], x.L3, x.L4, x.V6)) {
+		return
+	} else if err != nil || !packet.ICMPChecksumOK(frame[:x.End], x.L3, x.L4, x.V6) {
 		s.fail("node %d: bad ICMP message to the inner side: %v", n.id, err)
 		return
 	}
@@ -244,8 +267,11 @@ func (n *simNode) icmpToModel(frame []byte) {
 		s.fail("node %d: ICMP message for an unknown socket", n.id)
 		return
 	}
+	if wire && f.up[n.id] {
+		return
+	}
 	t := f.m[n.id]
-	if o := offOf(t.iss, binary.BigEndian.Uint32(emb[ihl+4:]), t.una); o < int64(t.una) && !t.cfg.lossy || o > int64(t.max) {
+	if o := offOf(t.iss, binary.BigEndian.Uint32(emb[ihl+4:]), t.una); o < int64(t.una) && !t.cfg.lossy && !wire || o > int64(t.max) {
 		s.fail("node %d: ICMP message about %d, in flight are [%d,%d)", n.id, o, t.una, t.max)
 	}
 	mss := mtu - ihl - packet.TCPLen

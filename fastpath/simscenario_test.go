@@ -96,13 +96,30 @@ func scenarioFrom(rng *rand.Rand, seed uint64) *scenario {
 	if level > 0 {
 		sc.quiet = time.Second + pick[time.Duration](rng, 2, 10, 60)*time.Second
 	}
+	lives := one(2)
 	flows := pick(rng, 1, 1, 1, 2, 4)
+	if lives {
+		flows = pick(rng, 1, 2, 4, 8)
+	}
 	scale := 1.0
 	if flows > 1 {
 		scale = 0.4
 	}
 	for range flows {
 		sc.flows = append(sc.flows, randomFlow(rng, sc, scale))
+	}
+	if lives {
+		randomLives(rng, sc)
+	}
+	for i := range sc.flows {
+		for k := range sc.flows[i].model {
+			if m := &sc.flows[i].model[k]; sc.mayAbort {
+				m.givesUp = sc.net[0].attack+sc.net[1].attack > 0
+				if m.keepalive == 0 {
+					m.keepalive = 3 * time.Second
+				}
+			}
+		}
 	}
 	return sc
 }
@@ -171,14 +188,6 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 		c.iss[k] = rng.Uint32()
 		if one(3) {
 			c.iss[k] = -rng.Uint32N(200000)
-		}
-	}
-	if sc.mayAbort {
-		for k := range c.model {
-			c.model[k].givesUp = sc.net[0].attack+sc.net[1].attack > 0
-			if c.model[k].keepalive == 0 {
-				c.model[k].keepalive = 3 * time.Second
-			}
 		}
 	}
 	c.fix()

@@ -24,7 +24,7 @@ type wire struct {
 	iss      uint32
 	mss      int
 	shift    uint8
-	sess     *crypto.Session // of the receiver
+	key      func(gen uint32) *crypto.Key // opens its frames
 	init     []byte
 	buf      []byte // the stream as it was first sent
 	have     spans
@@ -53,8 +53,8 @@ type wire struct {
 	rst       bool
 }
 
-func newWire(s *sim, f *simFlow, from int, sess *crypto.Session, init []byte) *wire {
-	return &wire{s: s, f: f, from: from, sess: sess, init: init}
+func newWire(s *sim, f *simFlow, from int, key func(uint32) *crypto.Key, init []byte) *wire {
+	return &wire{s: s, f: f, from: from, key: key, init: init}
 }
 
 func (w *wire) start(est, peer *slowpath.Established) {
@@ -102,7 +102,7 @@ func (w *wire) observe(g *packet.Segment) {
 	if g.Flags&packet.SYN != 0 || g.Flags&packet.ACK == 0 || g.Flags&packet.URG != 0 {
 		w.fail("flags %#x", g.Flags)
 	}
-	if g.HasTS != w.f.cfg.ts {
+	if g.HasTS != w.f.est[w.from].TSOK {
 		w.fail("timestamp option %v", g.HasTS)
 	}
 	if g.HasTS {
@@ -167,7 +167,7 @@ func (w *wire) observeAck(g *packet.Segment, rev *wire) {
 			w.fail("SACK block [%d,%d), received are %v", l, r, rev.delivered)
 		case l <= a && k > 0:
 			w.fail("SACK block [%d,%d) with acknowledgement %d", l, r, a)
-		case !w.f.cfg.sack:
+		case !w.f.est[w.from].SACKOK:
 			w.fail("SACK was not negotiated")
 		}
 	}
@@ -246,7 +246,7 @@ func (w *wire) parse() {
 			w.fail("frame at %d is number %d under its key", w.parsed, w.underKey)
 		}
 		w.scratch = append(w.scratch[:0], b[:n]...)
-		plain, ok := w.sess.RecvKey(w.gen).Open(w.scratch, w.parsed+w.warp)
+		plain, ok := w.key(w.gen).Open(w.scratch, w.parsed+w.warp)
 		if !ok {
 			w.fail("frame at %d of %d bytes does not open, generation %d", w.parsed, n, w.gen)
 			return
@@ -354,7 +354,11 @@ func (w *wire) arrived(g *packet.Segment, forged bool) {
 		if forged && (a < 0 || a > int64(w.ackSent)) {
 			return
 		}
-		rev.edge = max(rev.edge, uint64(a)+uint64(g.Wnd)<<w.shift)
+		wnd := uint64(g.Wnd) << w.shift
+		if g.Flags&packet.SYN != 0 {
+			wnd = uint64(g.Wnd)
+		}
+		rev.edge = max(rev.edge, uint64(a)+wnd)
 		rev.acked = max(rev.acked, uint64(max(a, 0)))
 		for _, b := range g.SACK[:g.NSACK] {
 			if l, r := offOf(rev.iss, b[0], rev.high), offOf(rev.iss, b[1], rev.high); 0 <= l && l < r {
