@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -150,47 +152,106 @@ func testIperf(t *testing.T, v6 bool) {
 }
 
 func testSSH(t *testing.T, v6 bool) {
-	need(t, "ssh", "scp", "ssh-keygen")
-	sshd := "/usr/sbin/sshd"
-	if _, err := os.Stat(sshd); err != nil {
-		t.Skip("sshd is not installed")
-	}
+	need(t, "scp")
 	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
 	a, z := b.both()
-	dir := t.TempDir()
-	for _, key := range []string{"host", "user"} {
-		if out, err := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, key)).CombinedOutput(); err != nil {
-			t.Fatalf("ssh-keygen: %v\n%s", err, out)
-		}
-	}
-	if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	me, err := user.Current()
-	if err != nil {
-		t.Fatal(err)
-	}
-	ip, url := b.addr(v6)
-	conf := fmt.Sprintf("ListenAddress %s\nPort 2222\nHostKey %s/host\nAuthorizedKeysFile %s/user.pub\nPidFile none\nPermitRootLogin yes\nStrictModes no\nUsePAM no\nSubsystem sftp internal-sftp\n", ip, dir, dir)
-	if err := os.WriteFile(filepath.Join(dir, "conf"), []byte(conf), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	b.background(2222, sshd, "-D", "-e", "-f", filepath.Join(dir, "conf"))
-	opts := []string{"-F", "none", "-i", filepath.Join(dir, "user"), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"}
-	out := b.run("ssh", append(append([]string{"-p", "2222"}, opts...), me.Username+"@"+ip.String(), "echo", "hello")...)
+	s := b.sshServer(v6)
+	out := b.run("ssh", append(append([]string{"-p", sshPort}, s.opts...), s.login, "echo", "hello")...)
 	if string(out) != "hello\n" {
 		t.Errorf("ssh printed %q", out)
 	}
 	data := stream(6, 5<<20)
-	if err := os.WriteFile(filepath.Join(dir, "data"), data, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(s.dir, "data"), data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b.run("scp", append(append([]string{"-P", "2222"}, opts...), filepath.Join(dir, "data"), me.Username+"@"+url+":"+filepath.Join(dir, "copy"))...)
-	if got, err := os.ReadFile(filepath.Join(dir, "copy")); err != nil || !bytes.Equal(got, data) {
+	_, url := b.addr(v6)
+	user, _, _ := strings.Cut(s.login, "@")
+	b.run("scp", append(append([]string{"-P", sshPort}, s.opts...), filepath.Join(s.dir, "data"), user+"@"+url+":"+filepath.Join(s.dir, "copy"))...)
+	if got, err := os.ReadFile(filepath.Join(s.dir, "copy")); err != nil || !bytes.Equal(got, data) {
 		t.Errorf("scp copied %d bytes, want %d: %v", len(got), len(data), err)
 	}
 	b.noFlows(a)
 	b.encryptedOnly(a, z, 2)
+}
+
+const sshPort = "2222"
+
+// sshServer is an SSH server on B, with what a client on A needs.
+type sshServer struct {
+	b     *bed
+	dir   string   // of keys and files
+	login string   // user@host
+	opts  []string // of ssh and scp, but for the port
+}
+
+func (b *bed) sshServer(v6 bool) *sshServer {
+	b.t.Helper()
+	need(b.t, "ssh", "ssh-keygen")
+	sshd := "/usr/sbin/sshd"
+	if _, err := os.Stat(sshd); err != nil {
+		b.t.Skip("sshd is not installed")
+	}
+	dir := b.t.TempDir()
+	for _, key := range []string{"host", "user"} {
+		if out, err := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, key)).CombinedOutput(); err != nil {
+			b.t.Fatalf("ssh-keygen: %v\n%s", err, out)
+		}
+	}
+	if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
+		b.t.Fatal(err)
+	}
+	me, err := user.Current()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	ip, _ := b.addr(v6)
+	conf := fmt.Sprintf("ListenAddress %s\nPort %s\nHostKey %s/host\nAuthorizedKeysFile %s/user.pub\nPidFile none\nPermitRootLogin yes\nStrictModes no\nUsePAM no\nSubsystem sftp internal-sftp\n", ip, sshPort, dir, dir)
+	if err := os.WriteFile(filepath.Join(dir, "conf"), []byte(conf), 0o600); err != nil {
+		b.t.Fatal(err)
+	}
+	port, err := strconv.Atoi(sshPort)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.background(port, sshd, "-D", "-e", "-f", filepath.Join(dir, "conf"))
+	return &sshServer{b, dir, me.Username + "@" + ip.String(),
+		[]string{"-F", "none", "-i", filepath.Join(dir, "user"), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"}}
+}
+
+// sshSession is a session whose server echoes lines.
+type sshSession struct {
+	t    *testing.T
+	name string
+	in   io.Writer
+	out  *bufio.Scanner
+}
+
+func (s *sshServer) session(name string) *sshSession {
+	s.b.t.Helper()
+	cmd := s.b.path.A.NS.Command(s.b.ctx, "ssh", append(append([]string{"-p", sshPort}, s.opts...), s.login, "cat")...)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		s.b.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		s.b.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		s.b.t.Fatal(err)
+	}
+	return &sshSession{s.b.t, name, in, bufio.NewScanner(out)}
+}
+
+// talk fails the test unless the session echoes a line.
+func (s *sshSession) talk(line string) {
+	s.t.Helper()
+	if _, err := fmt.Fprintln(s.in, line); err != nil {
+		s.t.Fatalf("%s, %s: %v", s.name, line, err)
+	}
+	if !s.out.Scan() || s.out.Text() != line {
+		s.t.Fatalf("%s, %s: the session answered %q: %v", s.name, line, s.out.Text(), s.out.Err())
+	}
 }
 
 // nc -N closes its sending side and goes on receiving.

@@ -507,35 +507,6 @@ func TestResegmented(t *testing.T) {
 	b.noFlows(z)
 }
 
-// With 1 % loss an encrypted transfer keeps at least half of plain TCP's
-// throughput in the same run.
-func TestLossThroughput(t *testing.T) {
-	const n = 24 << 20
-	im := lab.Impair{Drop: 0.01}
-	took := func(encrypted bool, seed uint64) time.Duration {
-		b := newBed(t, lab.Options{}, lab.ForwarderOptions{Seed: seed, AtoB: im})
-		if encrypted {
-			b.both()
-		}
-		begin := time.Now()
-		if err := b.exchange(false, stream(1, n), nil, nil); err != nil {
-			t.Fatal(err)
-		}
-		return time.Since(begin)
-	}
-	// The median of several rotations: the machine is shared.
-	var ratios []float64
-	for seed := range uint64(5) {
-		plain, crypt := took(false, seed+1), took(true, seed+1)
-		ratios = append(ratios, plain.Seconds()/crypt.Seconds())
-		t.Logf("24 MiB with 1 %% loss: plain %v, encrypted %v, throughput ratio %.2f", plain, crypt, ratios[seed])
-	}
-	slices.Sort(ratios)
-	if m := ratios[len(ratios)/2]; m < 0.5 {
-		t.Errorf("encrypted has %.2f of plain TCP's throughput", m)
-	}
-}
-
 // Short connections, one after the other, leave nothing behind.
 func TestShortConnections(t *testing.T) {
 	n := 1000

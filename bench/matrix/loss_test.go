@@ -15,7 +15,7 @@ func TestLoss(t *testing.T) {
 	for _, l := range []struct{ drop, least float64 }{{0.01, 0.9}, {0.05, 0.8}} {
 		for _, cc := range ccs {
 			t.Run(fmt.Sprintf("%s, %g %%", cc, 100*l.drop), func(t *testing.T) {
-				row, err := p.Loss(t.Context(), cc, l.drop, *rotations, func(s string) { t.Log(s) })
+				row, err := p.Loss(t.Context(), cc, l.drop, l.least, func(s string) { t.Log(s) })
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -19,9 +19,8 @@ import (
 )
 
 var (
-	all       = flag.Bool("matrix.all", false, "all cells and all comparisons, not a selection")
-	rotations = flag.Int("matrix.rotations", 5, "how often plain and encrypted are compared under random loss")
-	table     = flag.String("matrix.table", "", "write the tables to this `file`")
+	all   = flag.Bool("matrix.all", false, "all cells and all comparisons, not a selection")
+	table = flag.String("matrix.table", "", "write the tables to this `file`")
 )
 
 // selection is how many cells run without -matrix.all.
