@@ -500,6 +500,9 @@ func TestGuardVerdicts(t *testing.T) {
 		listed  bool
 	}{
 		{"v4", quoted(local4, remote4), quoted(remote4, local4), true},
+		{"v4, outwards to itself", quoted(local4, remote4), quoted(local4, remote4), true},
+		{"v6, outwards to itself", quoted(local6, remote6), quoted(local6, remote6), true},
+		{"v6 about too many, to itself", quoted(local6, remote6, slices.Repeat([]byte{hop}, 9)...), quoted(local6, remote6, slices.Repeat([]byte{hop}, 9)...), true},
 		{"v6", quoted(local6, remote6), quoted(remote6, local6), true},
 		{"v6 about extension headers", quoted(local6, remote6, hop, destination), quoted(remote6, local6, routing), true},
 		{"v6 about a fragment", quoted(local6, remote6, fragment), quoted(remote6, local6, fragment), true},
@@ -508,7 +511,7 @@ func TestGuardVerdicts(t *testing.T) {
 		{"v6 behind and about them", wrapped(quoted(local6, remote6, hop), destination), wrapped(quoted(remote6, local6, hop), hop), true},
 		{"v4 of others", quoted(local4, other4), quoted(other4, local4), false},
 		{"v6 of others", quoted(local6, other6), quoted(other6, local6, hop), false},
-		{"v4, of the wrong direction", quoted(remote4, local4), quoted(local4, remote4), false},
+		{"v6 of others about a fragment", quoted(local6, other6, slices.Repeat([]byte{hop}, 9)...), quoted(local6, other6, slices.Repeat([]byte{hop}, 9)...), false},
 	} {
 		for direction, frame := range map[string][]byte{"ingress": tc.in, "egress": tc.out} {
 			counter := map[string]string{"ingress": "guard_in_icmp_dropped", "egress": "guard_out_icmp_dropped"}[direction]

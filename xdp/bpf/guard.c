@@ -57,7 +57,7 @@ static __always_inline enum listed judge(struct __sk_buff *skb, struct packet *p
 		p->tcp = 0;
 		kind = walk(skb, p, outbound);
 	}
-	listed = look_up(p, kind);
+	listed = look_up(p, kind, outbound);
 	if (listed == UNLISTED && kind == KIND_TCP && is_syn(p->flags) && verdict(&p->key) == VERDICT_REQUIRE)
 		return REFUSED;
 	return listed;

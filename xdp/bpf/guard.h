@@ -204,8 +204,19 @@ static __always_inline int walk_v6(GUARD_SOURCE source, __u32 at, struct packet 
 
 enum listed { UNLISTED, LISTED_FLOW, LISTED_FRAGMENT, LISTED_ICMP, REFUSED };
 
-/* look_up judges a parsed packet by the connections that are listed. */
-static __always_inline enum listed look_up(struct packet *p, int kind)
+static __always_inline void turn(struct flow_key *key)
+{
+	struct flow_key from = *key;
+
+	__builtin_memcpy(key->local, from.remote, sizeof(key->local));
+	__builtin_memcpy(key->remote, from.local, sizeof(key->remote));
+	key->lport = from.rport;
+	key->rport = from.lport;
+}
+
+/* look_up judges a parsed packet by the connections that are listed. An ICMP
+ * error of this host quotes what came in, or, to itself, what went out. */
+static __always_inline enum listed look_up(struct packet *p, int kind, bool outbound)
 {
 	struct pair_key pair;
 
@@ -213,14 +224,25 @@ static __always_inline enum listed look_up(struct packet *p, int kind)
 	switch (kind) {
 	case KIND_TCP:
 		return bpf_map_lookup_elem(&guard_flows, &p->key) ? LISTED_FLOW : UNLISTED;
-	case KIND_ICMP_ERROR:
-		return bpf_map_lookup_elem(&guard_flows, &p->key) ? LISTED_ICMP : UNLISTED;
 	case KIND_TCP_FRAGMENT:
+		pair = pair_of(&p->key);
+		return bpf_map_lookup_elem(&guard_pairs, &pair) ? LISTED_FRAGMENT : UNLISTED;
+	case KIND_ICMP_ERROR:
+		if (bpf_map_lookup_elem(&guard_flows, &p->key))
+			return LISTED_ICMP;
+		if (!outbound)
+			return UNLISTED;
+		turn(&p->key);
+		return bpf_map_lookup_elem(&guard_flows, &p->key) ? LISTED_ICMP : UNLISTED;
 	case KIND_ICMP_FRAGMENT:
 		pair = pair_of(&p->key);
-		if (!bpf_map_lookup_elem(&guard_pairs, &pair))
+		if (bpf_map_lookup_elem(&guard_pairs, &pair))
+			return LISTED_ICMP;
+		if (!outbound)
 			return UNLISTED;
-		return kind == KIND_TCP_FRAGMENT ? LISTED_FRAGMENT : LISTED_ICMP;
+		turn(&p->key);
+		pair = pair_of(&p->key);
+		return bpf_map_lookup_elem(&guard_pairs, &pair) ? LISTED_ICMP : UNLISTED;
 	}
 	return UNLISTED;
 }

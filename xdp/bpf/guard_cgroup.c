@@ -27,7 +27,7 @@ static __always_inline int judge_packet(struct __sk_buff *skb, struct packet *p,
 		kind = walk_v4(skb, 0, p, outbound);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
 		kind = walk_v6(skb, 0, p, outbound);
-	return look_up(p, kind);
+	return look_up(p, kind, outbound);
 }
 
 /* The barriers keep the compiler from merging loads into arithmetic on the

@@ -46,7 +46,7 @@ static __always_inline enum listed judge(struct bpf_nf_ctx *ctx, bool outbound)
 		kind = walk_v4(&packet, 0, &p, outbound);
 	else if (version >> 4 == 6)
 		kind = walk_v6(&packet, 0, &p, outbound);
-	return look_up(&p, kind);
+	return look_up(&p, kind, outbound);
 }
 
 SEC("netfilter")

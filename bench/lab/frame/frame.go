@@ -393,3 +393,41 @@ func (s *Segment) Append(dst []byte) []byte {
 	x.FixChecksums(dst[at:])
 	return dst
 }
+
+// FixIPv4Checksum writes the header checksum of the IPv4 header b[l3:l4].
+func FixIPv4Checksum(b []byte, l3, l4 int) { fixIPv4(b[l3:l4]) }
+
+// AppendICMP appends to dst the frame, without MAC addresses, of an ICMP or
+// ICMPv6 error that quotes the start of an IP packet. mtu is that of "packet too
+// big" and "fragmentation needed".
+func AppendICMP(dst []byte, from, to netip.Addr, typ, code uint8, mtu int, quoted []byte) []byte {
+	at := len(dst)
+	n := 8 + len(quoted)
+	dst = append(dst, make([]byte, 12)...)
+	x := Info{L3: EthLen, Proto: 1, V6: from.Is6()}
+	if x.V6 {
+		x.L4, x.Proto = EthLen+IPv6Len, ProtoICMPv6
+		dst = binary.BigEndian.AppendUint16(dst, EtherIPv6)
+		dst = binary.BigEndian.AppendUint32(dst, 6<<28)
+		dst = binary.BigEndian.AppendUint16(dst, uint16(n))
+		dst = append(dst, ProtoICMPv6, 64)
+	} else {
+		x.L4 = EthLen + IPv4Len
+		dst = binary.BigEndian.AppendUint16(dst, EtherIPv4)
+		dst = append(dst, 0x45, 0)
+		dst = binary.BigEndian.AppendUint16(dst, uint16(IPv4Len+n))
+		dst = append(dst, 0, 0, 0, 0, 64, x.Proto, 0, 0)
+	}
+	dst = append(append(dst, from.AsSlice()...), to.AsSlice()...)
+	dst = append(dst, typ, code, 0, 0)
+	dst = append(binary.BigEndian.AppendUint32(dst, uint32(mtu)), quoted...)
+	p := dst[at:]
+	x.End = len(p)
+	if x.V6 {
+		binary.BigEndian.PutUint16(p[x.L4+2:], ^fold(x.transportSum(p)))
+	} else {
+		fixIPv4(p[x.L3:x.L4])
+		binary.BigEndian.PutUint16(p[x.L4+2:], ^fold(sum(p[x.L4:], 0)))
+	}
+	return dst
+}
