@@ -88,6 +88,10 @@ type QueueStatus struct {
 	Mode     string `json:"mode"`               // zerocopy, copy or generic
 	Refused  string `json:"refused,omitempty"`  // why a better mode was not had
 	Checksum string `json:"checksum,omitempty"` // software or offload
+	// Received and Transmitted count descriptors of its AF_XDP rings: packets, or
+	// pieces of those that are larger than a chunk.
+	Received    uint64 `json:"received"`
+	Transmitted uint64 `json:"transmitted"`
 	// HandedOver counts packets of the queue that went on to other workers.
 	HandedOver uint64 `json:"handed_over"`
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -299,32 +300,10 @@ func (h *Host) openPorts(want xdp.Mode, queues []int) error {
 	if err != nil {
 		return err
 	}
-	modes := []xdp.Mode{want}
-	if want == xdp.ModeAuto {
-		modes = []xdp.Mode{xdp.ModeZeroCopy, xdp.ModeCopy, xdp.ModeGeneric}
+	if err := h.bind(want, queues, chunk); err != nil {
+		return fmt.Errorf("bind %s: %w", h.cfg.Interface, err)
 	}
-	refused := ""
-	for _, m := range modes {
-		err = h.bindQueues(m, queues, chunk)
-		if err == nil {
-			h.mode = m
-			h.mtu.Store(int64(h.caps.MTU))
-			if h.mtuLimit = largestMTU(chunk, m == xdp.ModeZeroCopy); h.multiBuffer(m, chunk) {
-				h.mtuLimit = xdp.MaxTAPMTU
-			}
-			for i := range h.queues {
-				h.queues[i].Refused = refused
-			}
-			break
-		}
-		if refused != "" {
-			refused += "; "
-		}
-		refused += m.String() + ": " + err.Error()
-	}
-	if err != nil {
-		return fmt.Errorf("bind %s: %s", h.cfg.Interface, refused)
-	}
+	h.mtu.Store(int64(h.caps.MTU))
 	if n > 1 {
 		if err := h.tap.SetSteering(h.diverter.SteeringProgram()); err != nil {
 			return err
@@ -334,23 +313,89 @@ func (h *Host) openPorts(want xdp.Mode, queues []int) error {
 	return err
 }
 
-func (h *Host) bindQueues(m xdp.Mode, queues []int, chunk int) (err error) {
+// bind attaches the diverter and binds all queues. Natively attached, the queues
+// of each worker get the best mode that they all can have; generic XDP is the
+// last resort, and only of ModeAuto.
+func (h *Host) bind(want xdp.Mode, queues []int, chunk int) error {
+	if want != xdp.ModeAuto {
+		return h.bindQueues([]xdp.Mode{want}, queues, chunk, "")
+	}
+	err := h.bindQueues([]xdp.Mode{xdp.ModeZeroCopy, xdp.ModeCopy}, queues, chunk, "")
+	if err == nil {
+		return nil
+	}
+	return h.bindQueues([]xdp.Mode{xdp.ModeGeneric}, queues, chunk, err.Error())
+}
+
+// bindQueues does it with the first of modes that works; they are all native, or
+// generic. refused says why better ones are not among them.
+func (h *Host) bindQueues(modes []xdp.Mode, queues []int, chunk int, refused string) (err error) {
 	defer func() {
 		if err != nil {
 			h.unbind()
+			if refused != "" {
+				err = fmt.Errorf("%s; %w", refused, err)
+			}
 		}
 	}()
+	weakest := modes[len(modes)-1]
 	h.diverter, err = xdp.AttachHost(xdp.HostAttachConfig{
-		Ifindex: h.caps.Ifindex, TAPIfindex: h.tap.Ifindex(), Mode: m,
-		Frags: h.multiBuffer(m, chunk), Heartbeat: beatStale,
-		Policy: h.policy, Flows: h.maxFlows() + mapSlack,
+		Ifindex: h.caps.Ifindex, TAPIfindex: h.tap.Ifindex(), Mode: weakest,
+		Frags:     slices.ContainsFunc(modes, func(m xdp.Mode) bool { return h.multiBuffer(m, chunk) }),
+		Heartbeat: beatStale, Policy: h.policy, Flows: h.maxFlows() + mapSlack,
 	})
 	if err != nil {
-		return err
+		return fmt.Errorf("%v: %w", weakest, err)
 	}
 	h.ports = make([][]port, len(h.umems))
-	for i, q := range queues {
-		w := i % len(h.umems)
+	h.queues = make([]QueueStatus, len(queues))
+	h.mode, h.mtuLimit = modes[0], xdp.MaxTAPMTU
+	for w := range h.umems {
+		mode, why, err := firstMode(modes, refused, func(m xdp.Mode) error { return h.bindWorker(w, m, queues, chunk) })
+		if err != nil {
+			return err
+		}
+		h.mode = max(h.mode, mode)
+		if !h.multiBuffer(mode, chunk) {
+			h.mtuLimit = min(h.mtuLimit, largestMTU(chunk, mode == xdp.ModeZeroCopy))
+		}
+		for i := w; i < len(queues); i += len(h.umems) {
+			h.queues[i] = QueueStatus{Queue: queues[i], Worker: w, Mode: mode.String(), Refused: why, CPU: -1}
+		}
+	}
+	return nil
+}
+
+// firstMode tries modes, best first, and returns the first that works, with why
+// those before it, and those that were refused earlier, did not.
+func firstMode(modes []xdp.Mode, refused string, try func(xdp.Mode) error) (xdp.Mode, string, error) {
+	var earlier, reasons []string
+	if refused != "" {
+		earlier = append(earlier, refused)
+	}
+	for _, m := range modes {
+		err := try(m)
+		if err == nil {
+			return m, strings.Join(append(earlier, reasons...), "; "), nil
+		}
+		reasons = append(reasons, fmt.Sprintf("%v: %v", m, err))
+	}
+	return 0, "", errors.New(strings.Join(reasons, "; "))
+}
+
+// bindWorker binds the queues of one worker, all in one mode: they share its
+// packet memory.
+func (h *Host) bindWorker(w int, m xdp.Mode, queues []int, chunk int) (err error) {
+	defer func() {
+		if err != nil {
+			for i := range h.ports[w] {
+				_ = h.ports[w][i].sock.Close()
+			}
+			h.ports[w] = nil
+		}
+	}()
+	for i := w; i < len(queues); i += len(h.umems) {
+		q := queues[i]
 		s, err := xdp.NewSocket(h.umems[w], xdp.SocketConfig{
 			Ifindex: h.caps.Ifindex, Queue: q, Mode: m,
 			FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize, Reserve: txReserve,
@@ -363,7 +408,6 @@ func (h *Host) bindQueues(m xdp.Mode, queues []int, chunk int) (err error) {
 		if err := h.diverter.RegisterSocket(q, s); err != nil {
 			return err
 		}
-		h.queues = append(h.queues, QueueStatus{Queue: q, Worker: w, Mode: s.Mode().String(), CPU: -1})
 	}
 	return nil
 }
@@ -739,7 +783,7 @@ func (h *Host) Status() Status {
 		Queues: slices.Clone(h.queues), Guard: guard, Layers: layers, Engine: crypto.EngineName(), PID: os.Getpid(), Uptime: time.Since(h.start).Seconds(),
 		Draining: h.draining.Load(), Ended: h.ended, Poll: h.cfg.Poll.String(),
 	}
-	handed := make(map[int]uint64) // by queue
+	ports := make(map[int]QueueStatus) // their counters
 	h.each(func(w *worker) {
 		live, _ := w.eng.Flows()
 		ws := WorkerStatus{
@@ -747,15 +791,22 @@ func (h *Host) Status() Status {
 			HandedOver: w.st.handedOuter + w.st.handedInner, Received: w.st.handedIn,
 		}
 		for i := range w.ports {
-			ws.Queues = append(ws.Queues, w.ports[i].queue)
-			handed[w.ports[i].queue] = w.ports[i].handed
+			p := &w.ports[i]
+			ws.Queues = append(ws.Queues, p.queue)
+			q := QueueStatus{HandedOver: p.handed}
+			if x, err := p.sock.Statistics(); err == nil {
+				q.Received, q.Transmitted = x.Received, x.Transmitted
+			}
+			ports[p.queue] = q
 		}
 		st.Workers = append(st.Workers, ws)
 		st.Flows += ws.Flows
 		st.HalfOpen += ws.HalfOpen
 	})
 	for i := range st.Queues {
-		st.Queues[i].HandedOver = handed[st.Queues[i].Queue]
+		q := &st.Queues[i]
+		counted := ports[q.Queue]
+		q.Received, q.Transmitted, q.HandedOver = counted.Received, counted.Transmitted, counted.HandedOver
 	}
 	return st
 }

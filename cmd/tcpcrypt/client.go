@@ -272,9 +272,10 @@ func printStatus(w io.Writer, st fastpath.Status) {
 	}
 	fmt.Fprintln(w)
 	table(w, func(w io.Writer) {
-		fmt.Fprintln(w, "QUEUE\tWORKER\tCPU\tMODE\tCHECKSUM\tHANDED OVER\tBETTER MODE REFUSED")
+		fmt.Fprintln(w, "QUEUE\tWORKER\tCPU\tMODE\tCHECKSUM\tRECEIVED\tSENT\tHANDED OVER\tBETTER MODE REFUSED")
 		for _, s := range st.Queues {
-			fmt.Fprintf(w, "%d\t%d\t%s\t%s\t%s\t%d\t%s\n", s.Queue, s.Worker, cpuName(s.CPU), s.Mode, dash(s.Checksum), s.HandedOver, dash(s.Refused))
+			fmt.Fprintf(w, "%d\t%d\t%s\t%s\t%s\t%d\t%d\t%d\t%s\n",
+				s.Queue, s.Worker, cpuName(s.CPU), s.Mode, dash(s.Checksum), s.Received, s.Transmitted, s.HandedOver, dash(s.Refused))
 		}
 	})
 	if len(st.Workers) < 2 {

@@ -172,7 +172,7 @@ func (h *fakeHost) Status() fastpath.Status {
 	defer h.mu.Unlock()
 	return fastpath.Status{
 		Interface: h.cfg.Interface, Driver: "veth", MTU: 1500, Inner: "tcpcrypt0", Mode: "copy",
-		Queues: []fastpath.QueueStatus{{CPU: -1, Mode: "copy", Refused: "zerocopy: not supported", Checksum: "software", HandedOver: 5}, {Queue: 1, Worker: 1, CPU: 1, Mode: "copy", Checksum: "software"}},
+		Queues: []fastpath.QueueStatus{{CPU: -1, Mode: "copy", Refused: "zerocopy: not supported", Checksum: "software", Received: 7, Transmitted: 8, HandedOver: 5}, {Queue: 1, Worker: 1, CPU: 1, Mode: "copy", Checksum: "software"}},
 		Workers: []fastpath.WorkerStatus{
 			{CPU: -1, Queues: []int{0}, Flows: 2, HandedOver: 6}, {Worker: 1, CPU: 1, Queues: []int{1}, HalfOpen: 1, Received: 6},
 		},
@@ -184,17 +184,6 @@ func (h *fakeHost) Status() fastpath.Status {
 		},
 		Poll: "hybrid", Engine: "std", PID: 42, Uptime: 61.4, Draining: h.draining, Flows: 2, HalfOpen: 1, Ended: 3,
 	}
-}
-
-func (h *fakeHost) Capture(ctx context.Context, cfg fastpath.CaptureConfig, fn func(*fastpath.Captured) error) error {
-	for i := range 3 {
-		p := fastpath.Captured{At: time.Unix(1, int64(i)), Inner: cfg.Inner, Out: i == 1, Len: 60 + i, Lost: uint64(i), Frame: make([]byte, 60)}
-		if err := fn(&p); err != nil {
-			return err
-		}
-	}
-	<-ctx.Done()
-	return nil
 }
 
 func (h *fakeHost) Flows() []fastpath.FlowInfo {

@@ -31,7 +31,6 @@ stays the plain TCP connection that it would have been.`,
 		newRekeyCommand(),
 		newCacheCommand(),
 		newDoctorCommand(),
-		newCaptureCommand(),
 		newBenchCommand(),
 		newVersionCommand(),
 	)
