@@ -13,7 +13,9 @@ type Request struct {
 	// with SIGKILL.
 	Args []string `json:"args,omitempty"`
 
-	// "net" sets the interface up: queues (0: leaves them), MTU, addresses.
+	// "net" sets the interface up: queues (0: leaves them), MTU, addresses in
+	// Args. "spread" has the hardware deliver to queue Queues only (-1: as
+	// before).
 	Interface string `json:"interface,omitempty"`
 	Queues    int    `json:"queues,omitempty"`
 	MTU       int    `json:"mtu,omitempty"`
@@ -22,7 +24,7 @@ type Request struct {
 
 	// "open" opens Connections and exchanges Bytes in each direction over each
 	// of them; with Again it does that over the ones that are open. "close"
-	// closes them.
+	// closes them in order, "abort" in disorder.
 	Connections int  `json:"connections,omitempty"`
 	Bytes       int  `json:"bytes,omitempty"`
 	Again       bool `json:"again,omitempty"`

@@ -91,6 +91,20 @@ func setUp(req *vm.Request) error {
 	return waitCarrier(req.Interface, true)
 }
 
+// spread changes which queue the hardware delivers to.
+func (a *agent) spread(req *vm.Request) (err error) {
+	if a.restore != nil {
+		if err := a.restore(); err != nil {
+			return err
+		}
+		a.restore = nil
+	}
+	if req.Queues >= 0 {
+		_, a.restore, err = xdp.Concentrate(req.Interface, []int{req.Queues})
+	}
+	return err
+}
+
 func setLink(name string, up bool) error {
 	l, err := netlink.LinkByName(name)
 	if err != nil {

@@ -44,6 +44,10 @@ func serve() error {
 			return fmt.Errorf("mount %s: %w", m.path, err)
 		}
 	}
+	// The kernel found no console to give to its first process.
+	if console, err := unix.Open("/dev/console", unix.O_WRONLY, 0); err == nil {
+		_, _ = unix.Dup2(console, 1), unix.Dup2(console, 2)
+	}
 	if err := os.MkdirAll("/sys/fs/cgroup", 0o755); err == nil {
 		_ = unix.Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, "")
 	}
@@ -145,6 +149,7 @@ type agent struct {
 	failed  []string // modules
 	daemon  *daemon
 	traffic traffic
+	restore func() error // of "spread"
 }
 
 func (a *agent) carryOut(req *vm.Request, resp *vm.Response) error {
@@ -168,6 +173,8 @@ func (a *agent) carryOut(req *vm.Request, resp *vm.Response) error {
 		return err
 	case "net":
 		return setUp(req)
+	case "spread":
+		return a.spread(req)
 	case "link":
 		return setLink(req.Interface, req.Up)
 	case "carrier":
@@ -199,6 +206,9 @@ func (a *agent) carryOut(req *vm.Request, resp *vm.Response) error {
 		return err
 	case "close":
 		return a.traffic.close()
+	case "abort":
+		a.traffic.abort()
+		return nil
 	case "poweroff":
 		return nil
 	}

@@ -25,6 +25,7 @@ type traffic struct {
 
 const (
 	headerLen  = 16
+	atOnce     = 4 // connections that are opened, or used, at the same time: an emulated guest is slow
 	roundFine  = 'y'
 	roundWrong = 'n'
 )
@@ -118,16 +119,23 @@ func (t *traffic) open(req *vm.Request) (int64, error) {
 	}
 	t.round++
 	deadline := time.Now().Add(patience)
+	next := make(chan int)
 	results := make(chan error, len(t.conns))
-	for i := range t.conns {
+	for range atOnce {
 		go func() {
-			err := t.exchange(i, req, deadline)
-			if err != nil {
-				err = fmt.Errorf("connection %d: %w", i, err)
+			for i := range next {
+				err := t.exchange(i, req, deadline)
+				if err != nil {
+					err = fmt.Errorf("connection %d: %w", i, err)
+				}
+				results <- err
 			}
-			results <- err
 		}()
 	}
+	for i := range t.conns {
+		next <- i
+	}
+	close(next)
 	var errs []error
 	for range t.conns {
 		errs = append(errs, <-results)
@@ -189,4 +197,14 @@ func (t *traffic) close() error {
 	}
 	t.conns = nil
 	return errors.Join(errs...)
+}
+
+// abort ends all connections without ceremony.
+func (t *traffic) abort() {
+	for _, c := range t.conns {
+		if c != nil {
+			_ = c.Close()
+		}
+	}
+	t.conns = nil
 }

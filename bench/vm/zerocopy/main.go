@@ -21,7 +21,6 @@ import (
 func main() {
 	cache := flag.String("cache", ".cache/zerocopy", "`folder` for the packages of the emulator and the kernel")
 	refuse := flag.Bool("refuse", false, "give the guests cards that refuse zero-copy: the test must fail")
-	only := flag.String("only", "", "run one `bed` of igb, virtio")
 	report := flag.String("report", "", "write what doctor said in the guests to a `file`")
 	keep := flag.String("logs", "", "keep the guests' logs in a `folder`")
 	flag.Parse()
@@ -31,7 +30,7 @@ func main() {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
 	t := &tester{start: time.Now(), refuse: *refuse}
-	err := t.run(ctx, *cache, *only, *keep)
+	err := t.run(ctx, *cache, *keep)
 	t.print(os.Stdout)
 	if *report != "" {
 		if e := os.WriteFile(*report, []byte(t.doctor.String()), 0o644); err == nil {
