@@ -171,6 +171,8 @@ type Engine struct {
 	lingering int
 	events    []Event
 
+	captures []*capture
+
 	// reinjected is set while a frame is worked on that the slow path gave
 	// back: it must not go there a second time.
 	reinjected bool
@@ -214,6 +216,9 @@ func (e *Engine) ClearOut() { e.out, e.outMeta = e.out[:0], e.outMeta[:0] }
 // on doing what it did the last time.
 func (e *Engine) FinishOut(request func(d *xdp.Desc, start, offset uint16)) {
 	e.offload = request != nil
+	if len(e.captures) > 0 {
+		e.tapOut()
+	}
 	for i := range e.out {
 		d, m := &e.out[i], &e.outMeta[i]
 		if m.l4 == 0 {
@@ -238,6 +243,9 @@ func (e *Engine) In() []InnerPacket { return e.in[:e.nIn] }
 
 // ClearIn empties the vector of packets for the local stack.
 func (e *Engine) ClearIn() {
+	if len(e.captures) > 0 {
+		e.tapIn()
+	}
 	for i := range e.in[:e.nIn] {
 		p := &e.in[i]
 		clear(p.data)
@@ -410,6 +418,9 @@ func (e *Engine) outerFrame(frame []byte, r ref, off uint32) {
 	f := e.tab.find(&s.Key)
 	if f == nil && e.elsewhere(packet.FromOuter, &s.Key, frame) {
 		return
+	}
+	if len(e.captures) > 0 && !e.reinjected {
+		e.tap(false, false, &s.Key, nil, s.Frame)
 	}
 	if !s.ChecksumOK(e.cfg.Virtual) {
 		e.st.BadChecksum++
@@ -693,10 +704,14 @@ func (e *Engine) InnerIn(buf []byte, now time.Duration) {
 		gs = int(v.GSOSize)
 	}
 	f := e.tab.find(&s.Key)
+	if f == nil && e.elsewhere(packet.FromInner, &s.Key, buf) {
+		return
+	}
+	if len(e.captures) > 0 && !e.reinjected {
+		e.tap(true, true, &s.Key, &outMeta{l3: uint8(s.L3), l4: uint8(s.L4), v6: s.V6}, s.Frame)
+	}
 	if f == nil {
-		if !e.elsewhere(packet.FromInner, &s.Key, buf) {
-			e.cutToSlow(s, gs)
-		}
+		e.cutToSlow(s, gs)
 		return
 	}
 	e.st.InnerIn++

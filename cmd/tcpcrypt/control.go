@@ -28,10 +28,12 @@ import (
 
 // request is what a client asks.
 type request struct {
-	Method string `json:"method"`           // status, flows, stats, session, cache, cache-flush or rekey
-	Local  string `json:"local,omitempty"`  // session, rekey: address:port of this host
-	Remote string `json:"remote,omitempty"` // session, rekey: address:port of the peer
+	Method string `json:"method"`           // status, flows, stats, session, cache, cache-flush, rekey or capture
+	Local  string `json:"local,omitempty"`  // session, rekey, capture: address:port of this host
+	Remote string `json:"remote,omitempty"` // session, rekey, capture: address:port of the peer
 	Peer   string `json:"peer,omitempty"`   // cache-flush: address; empty: all
+	Side   string `json:"side,omitempty"`   // capture: wire, inner or both
+	Snap   int    `json:"snap,omitempty"`   // capture: most bytes of a packet; 0: all
 }
 
 // count is the answer to what was done to several things.
@@ -231,6 +233,11 @@ func answer(conn net.Conn, h host) {
 	lines := bufio.NewScanner(conn)
 	lines.Buffer(make([]byte, 0, 512), maxRequest)
 	for lines.Scan() {
+		var req request
+		if json.Unmarshal(lines.Bytes(), &req) == nil && req.Method == "capture" {
+			serveCapture(conn, h, &req)
+			return
+		}
 		if len(lines.Bytes()) > 0 && !reply(conn, handle(lines.Bytes(), h)) {
 			return
 		}
@@ -240,7 +247,7 @@ func answer(conn net.Conn, h host) {
 	}
 }
 
-func reply(conn net.Conn, r response) bool {
+func reply(conn net.Conn, r any) bool {
 	line, err := json.Marshal(r)
 	if err != nil {
 		return false
@@ -375,8 +382,8 @@ func parseEndpoint(s string) (netip.AddrPort, error) {
 // callTimeout is how long a client waits for the whole answer.
 const callTimeout = 5 * time.Second
 
-// call asks the daemon at path.
-func call(path string, req request) (json.RawMessage, error) {
+// dialControl connects to the daemon at path, for callTimeout.
+func dialControl(path string) (net.Conn, error) {
 	deadline := time.Now().Add(callTimeout)
 	conn, err := (&net.Dialer{Deadline: deadline}).Dial("unix", path)
 	if err != nil {
@@ -388,8 +395,17 @@ func call(path string, req request) (json.RawMessage, error) {
 		}
 		return nil, failuref("no daemon answers at %s: %w", path, err)
 	}
-	defer conn.Close()
 	_ = conn.SetDeadline(deadline)
+	return conn, nil
+}
+
+// call asks the daemon at path.
+func call(path string, req request) (json.RawMessage, error) {
+	conn, err := dialControl(path)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
 	if err := json.NewEncoder(conn).Encode(req); err != nil {
 		return nil, failuref("no daemon answers at %s: %w", path, err)
 	}

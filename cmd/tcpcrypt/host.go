@@ -24,6 +24,9 @@ type host interface {
 	// Rekey initiates rekeying on one flow, or on all when both addresses are
 	// zero, and returns on how many.
 	Rekey(local, remote netip.AddrPort) (int, error)
+	// Capture gives fn the selected packets until ctx is done, the host ends or
+	// fn fails.
+	Capture(ctx context.Context, cfg fastpath.CaptureConfig, fn func(*fastpath.Captured) error) error
 	// Drain stops new offers and waits until no flow is encrypted any more;
 	// what is left when ctx is done is aborted.
 	Drain(ctx context.Context)

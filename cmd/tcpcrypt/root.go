@@ -31,6 +31,7 @@ stays the plain TCP connection that it would have been.`,
 		newRekeyCommand(),
 		newCacheCommand(),
 		newDoctorCommand(),
+		newCaptureCommand(),
 		newBenchCommand(),
 		newVersionCommand(),
 	)
