@@ -16,10 +16,16 @@ import (
 // command line map onto it one to one.
 type HostConfig struct {
 	Interface string // outer interface, e.g. eth0
-	Mode      string // auto, zerocopy, copy or generic
-	Queues    []int  // NIC queues to bind; nil: all
-	Workers   int    // 0: one a queue, as far as there are CPU cores
-	CPUs      []int  // CPUs to pin workers to; nil: chosen, see NUMA
+	// Inner is the inner interface of a gateway, whose hosts' connections are
+	// encrypted; empty: this host's are.
+	Inner string
+	// Block stops a gateway from forwarding anything without the daemon. Else
+	// what is not encrypted goes on.
+	Block   bool
+	Mode    string // auto, zerocopy, copy or generic
+	Queues  []int  // NIC queues to bind; nil: all
+	Workers int    // 0: one a queue, as far as there are CPU cores
+	CPUs    []int  // CPUs to pin workers to; nil: chosen, see NUMA
 	// NUMA is the node whose CPUs are chosen; -1: that of the NIC, and workers
 	// are pinned only where there are CPUs to spare.
 	NUMA int
@@ -82,12 +88,13 @@ type PortRange struct{ First, Last uint16 }
 
 // QueueStatus is the mode that one NIC queue really got.
 type QueueStatus struct {
-	Queue    int    `json:"queue"`
-	Worker   int    `json:"worker"`
-	CPU      int    `json:"cpu"`                // -1: not pinned
-	Mode     string `json:"mode"`               // zerocopy, copy or generic
-	Refused  string `json:"refused,omitempty"`  // why a better mode was not had
-	Checksum string `json:"checksum,omitempty"` // software or offload
+	Interface string `json:"interface"`
+	Queue     int    `json:"queue"`
+	Worker    int    `json:"worker"`
+	CPU       int    `json:"cpu"`                // -1: not pinned
+	Mode      string `json:"mode"`               // zerocopy, copy or generic
+	Refused   string `json:"refused,omitempty"`  // why a better mode was not had
+	Checksum  string `json:"checksum,omitempty"` // software or offload
 	// Received and Transmitted count descriptors of its AF_XDP rings: packets, or
 	// pieces of those that are larger than a chunk.
 	Received    uint64 `json:"received"`
@@ -115,12 +122,13 @@ type Status struct {
 	Interface string         `json:"interface"`
 	Driver    string         `json:"driver"`
 	MTU       int            `json:"mtu"`
-	Inner     string         `json:"inner"` // name of the TAP device
+	Inner     string         `json:"inner"` // name of the TAP device, or of a gateway's inner interface
 	Mode      string         `json:"mode"`  // the weakest mode of any queue
 	Queues    []QueueStatus  `json:"queues"`
 	Workers   []WorkerStatus `json:"workers"`
-	Poll      string         `json:"poll"`  // hybrid, busy or sleep
-	Guard     string         `json:"guard"` // "active", "partial" or "off"
+	Poll      string         `json:"poll"`             // hybrid, busy or sleep
+	Bypass    string         `json:"bypass,omitempty"` // of a gateway without the daemon: forward or block
+	Guard     string         `json:"guard"`            // "active", "partial" or "off"
 	Layers    []GuardLayer   `json:"guard_layers"`
 	Engine    string         `json:"aead_engine"`
 	PID       int            `json:"pid"`

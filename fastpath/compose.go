@@ -180,6 +180,10 @@ func (e *Engine) sendOuterReset(f *flow, seq uint32) {
 	e.emitOuter(f, &h, nil)
 }
 
+// chunkRoom returns the most option and payload bytes that a packet composed in a
+// fresh chunk can have.
+func (e *Engine) chunkRoom() int { return e.umem.ChunkSize() - 2*packet.MaxHeaders - xdp.Headroom }
+
 // emitOuter puts one frame with the given header and a payload of n bytes into
 // a fresh chunk of the outgoing vector and returns the payload's place, or nil
 // when there is no chunk: the segment is lost, as on a wire.
@@ -231,6 +235,10 @@ func (e *Engine) emitInner(f *flow, h *packet.Header) {
 // finishInner writes headers and virtio-net header of an inner packet whose n
 // payload bytes are in place.
 func (e *Engine) finishInner(f *flow, p *InnerPacket, h *packet.Header, n int) {
+	if e.cfg.InnerChunks {
+		e.finishInnerChunk(f, p, h, n)
+		return
+	}
 	hl := f.inner.Compose(p.buf[xdp.VnetHdrLen:], h, n)
 	p.hdrLen = xdp.VnetHdrLen + hl
 	l3, l4 := f.inner.L3(), f.inner.L4()

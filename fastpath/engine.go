@@ -54,12 +54,16 @@ const (
 
 // EngineConfig sizes an Engine. Zero values take the defaults.
 type EngineConfig struct {
-	Umem        *xdp.Umem
-	Virtual     bool   // outer packets may carry just the pseudo-header sum (T12)
-	Memory      int    // bytes for retained frames and custody of all flows, default 256 MiB
-	FlowBudget  int    // the same for one flow and direction, default 8 MiB
-	RekeyFrames uint64 // frames sealed under one key, default and most by AEAD (T11)
-	RekeyBytes  uint64 // plaintext bytes sealed under one key, default DefaultRekeyBytes
+	Umem    *xdp.Umem
+	Virtual bool // outer packets may carry just the pseudo-header sum (T12)
+	// InnerChunks: the inner port is one of AF_XDP, too, so that packets come by
+	// InnerChunks, and go by InnerOut, in chunks of Umem.
+	InnerChunks  bool
+	InnerVirtual bool   // Virtual, of the inner port
+	Memory       int    // bytes for retained frames and custody of all flows, default 256 MiB
+	FlowBudget   int    // the same for one flow and direction, default 8 MiB
+	RekeyFrames  uint64 // frames sealed under one key, default and most by AEAD (T11)
+	RekeyBytes   uint64 // plaintext bytes sealed under one key, default DefaultRekeyBytes
 	// RekeyEvery is how long one key is used for data; 0: any time.
 	RekeyEvery time.Duration
 	// TCPKeepalive relays the inner stack's keep-alive probes as such, instead
@@ -69,7 +73,7 @@ type EngineConfig struct {
 	// Elsewhere is shown packets whose flow this engine does not have, before
 	// they count as the slow path's, and reports whether another worker has the
 	// flow and gets the packet; nil: there is none. pkt is a frame from the
-	// wire, or as InnerIn takes it, and is not used after the call.
+	// wire, or as InnerIn or InnerFrame takes it, and is not used after the call.
 	Elsewhere func(dir packet.Direction, k *packet.Key, pkt []byte) bool
 }
 
@@ -87,6 +91,9 @@ type EngineStats struct {
 	Challenges, ResetsIgnored                    uint64
 	ICMPIn, ICMPDropped                          uint64
 	ToSlow, Unknown                              uint64
+	// Segments with data that left in the chunk they had come in, and those
+	// whose data was copied, by direction.
+	InPlaceOut, CopiedOut, InPlaceIn, CopiedIn uint64
 }
 
 // EventKind says what happened to a flow.
@@ -123,6 +130,11 @@ type InnerPacket struct {
 	hdrLen int
 	raw    []byte // a whole packet with its virtio-net header instead of buf
 	data   [][]byte
+
+	// With EngineConfig.InnerChunks: the chunk that the data lies in, if it is to
+	// leave from there.
+	place ref
+	off   uint32
 }
 
 // Header returns the virtio-net header and the packet's headers.
@@ -167,6 +179,9 @@ type Engine struct {
 	offload   bool // the port computes checksums
 	in        []InnerPacket
 	nIn       int
+	inDesc    []xdp.Desc // instead, with InnerChunks
+	inMeta    []outMeta
+	working   []ref // chunks of the vector from the inner port
 	limbo     []ref // see releaseLater
 	lingering int
 	events    []Event
@@ -197,6 +212,11 @@ func NewEngine(cfg EngineConfig) *Engine {
 		out:  make([]xdp.Desc, 0, 2*VectorSize), outMeta: make([]outMeta, 0, 2*VectorSize),
 		in: make([]InnerPacket, VectorSize), dirty: make([]*flow, 0, VectorSize), via: -1,
 	}
+	if cfg.InnerChunks {
+		e.in = e.in[:1]
+		e.inDesc, e.inMeta = make([]xdp.Desc, 0, 2*VectorSize), make([]outMeta, 0, 2*VectorSize)
+		e.working = make([]ref, 0, VectorSize)
+	}
 	for i := range e.in {
 		e.in[i].data = make([][]byte, 0, maxInnerPieces)
 	}
@@ -219,8 +239,12 @@ func (e *Engine) FinishOut(request func(d *xdp.Desc, start, offset uint16)) {
 	if len(e.captures) > 0 {
 		e.tapOut()
 	}
-	for i := range e.out {
-		d, m := &e.out[i], &e.outMeta[i]
+	e.finish(e.out, e.outMeta, request)
+}
+
+func (e *Engine) finish(out []xdp.Desc, meta []outMeta, request func(d *xdp.Desc, start, offset uint16)) {
+	for i := range out {
+		d, m := &out[i], &meta[i]
 		if m.l4 == 0 {
 			continue
 		}
@@ -326,6 +350,9 @@ func (e *Engine) pushOuter(d xdp.Desc, m outMeta) {
 }
 
 func (e *Engine) newInner() *InnerPacket {
+	if e.cfg.InnerChunks {
+		return &e.in[0]
+	}
 	if e.nIn == len(e.in) {
 		e.cfg.Drain()
 	}
@@ -439,7 +466,7 @@ func (e *Engine) outerFrame(frame []byte, r ref, off uint32) {
 		e.outerLate(f, s)
 		return
 	}
-	e.outerSegment(f, s, source{ref: r, off: off + uint32(s.Data)})
+	e.outerSegment(f, s, source{ref: r, off: off + uint32(s.Data), mark: markLead})
 }
 
 // outerSegment: validity first, then acknowledgement, then data (T12).
@@ -703,8 +730,14 @@ func (e *Engine) InnerIn(buf []byte, now time.Duration) {
 	if v.GSOType&^xdp.VnetGSOECN != 0 {
 		gs = int(v.GSOSize)
 	}
+	e.innerSegment(s, buf, frame, source{}, gs)
+}
+
+// innerSegment works on a parsed segment from the local stack, which came as pkt;
+// src is where its frame lies, gs the size at which it is to be cut.
+func (e *Engine) innerSegment(s *packet.Segment, pkt, frame []byte, src source, gs int) {
 	f := e.tab.find(&s.Key)
-	if f == nil && e.elsewhere(packet.FromInner, &s.Key, buf) {
+	if f == nil && e.elsewhere(packet.FromInner, &s.Key, pkt) {
 		return
 	}
 	if len(e.captures) > 0 && !e.reinjected {
@@ -745,7 +778,8 @@ func (e *Engine) InnerIn(buf []byte, now time.Duration) {
 		f.txECN = s.TOS & 3
 	}
 	e.innerAcked(f, s, s.Len() == 0 && s.Flags&packet.FIN == 0)
-	e.innerData(f, s.Seq, frame[s.Data-1:len(s.Frame)], gs, s.Flags, s.Urg)
+	src.off += uint32(s.Data - 1)
+	e.innerData(f, s.Seq, frame[s.Data-1:len(s.Frame)], src, gs, s.Flags, s.Urg)
 	e.touch(f)
 }
 
@@ -950,6 +984,8 @@ func (e *Engine) Reinject(dir packet.Direction, frame []byte, now time.Duration)
 	e.reinjected = true
 	if dir == packet.FromOuter {
 		e.OuterFrame(frame, now)
+	} else if e.cfg.InnerChunks {
+		e.InnerFrame(append([]byte(nil), frame...), now)
 	} else {
 		e.InnerIn(append(make([]byte, xdp.VnetHdrLen), frame...), now)
 		e.flush()
@@ -1026,6 +1062,10 @@ func (e *Engine) SendInner(frame []byte, now time.Duration) {
 	var x packet.L3Info
 	if packet.ParseL3(frame, &x) != nil {
 		e.st.Malformed++
+		return
+	}
+	if e.cfg.InnerChunks {
+		e.sendInnerChunk(frame, &x)
 		return
 	}
 	p := e.newInner()

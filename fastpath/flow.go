@@ -171,8 +171,9 @@ type piece struct {
 
 // Marks of received bytes.
 const (
-	markCE  = 1 << iota // congestion experienced on a segment of the frame
-	markPSH             // the segment that completed the frame had PSH
+	markCE   = 1 << iota // congestion experienced on a segment of the frame
+	markPSH              // the segment that completed the frame had PSH
+	markLead             // of what the chunk holds nothing before it is in use
 )
 
 // oooSeg is an outer segment's payload above a gap.

@@ -21,7 +21,7 @@ const handoverSize = 1 << 20
 // Kinds of records in a handover.
 const (
 	recordOuter = iota // a frame from the wire
-	recordInner        // a packet from the TAP, with its virtio-net header
+	recordInner        // a packet from the TAP, with its virtio-net header, or a frame from the inner NIC
 	recordSkip         // nothing: the next record begins at the start of the buffer
 )
 
@@ -184,6 +184,8 @@ func (w *worker) handedOver() (n int) {
 			}
 			n++
 			switch {
+			case kind == recordInner && w.tap == nil:
+				w.eng.InnerFrame(pkt, w.now())
 			case kind == recordInner:
 				w.eng.InnerIn(pkt, w.now())
 			case len(pkt) > w.umem.ChunkSize()-xdp.Headroom:

@@ -67,7 +67,13 @@ type Host struct {
 	umems    []*xdp.Umem // of each worker
 	ports    [][]port
 	tap      *xdp.TAP
-	diverter *xdp.Diverter
+	diverter diverter
+	local    *xdp.Diverter // the diverter, in host mode
+	gateway  *xdp.Gateway  // nil in host mode
+	bypass   *gatewayDiverter
+	inner    [][]port // in gateway mode, of each worker
+	innerNIC xdp.Capabilities
+	dead     deadFlows
 	guard    *xdp.Guard
 	queues   []QueueStatus
 	mode     xdp.Mode
@@ -91,6 +97,7 @@ type Host struct {
 	release  func() // lets the process's threads run anywhere again
 
 	link      chan error // the device is down or gone
+	innerLink chan error // the same of a gateway's inner one
 	stopLink  func()
 	stopVM    func()
 	draining  atomic.Bool
@@ -151,7 +158,12 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	if len(h.place.cpus) > 1 {
 		h.owners = newOwners()
 	}
-	if err = h.openPorts(want, queues); err != nil {
+	if cfg.Inner != "" {
+		err = h.openGateway(want, queues)
+	} else {
+		err = h.openPorts(want, queues)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if err = h.startWorkers(); err != nil {
@@ -161,10 +173,23 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 		h.stopThreads()
 		return nil, err
 	}
+	if h.bypass != nil {
+		h.bypass.keep = !cfg.Block
+	}
 	h.link = make(chan error, 1)
 	if h.stopLink, err = xdp.WatchLink(h.caps.Ifindex, h.link); err != nil {
 		h.stopThreads()
 		return nil, err
+	}
+	if h.gateway != nil {
+		h.innerLink = make(chan error, 1)
+		stopOuter := h.stopLink
+		stopInner, err := xdp.WatchLink(h.innerNIC.Ifindex, h.innerLink)
+		if err != nil {
+			h.stopThreads()
+			return nil, err
+		}
+		h.stopLink = func() { stopOuter(); stopInner() }
 	}
 	if h.stopVM, err = watchVMGeneration(h.restored); err != nil {
 		h.stopThreads()
@@ -192,13 +217,19 @@ func (h *Host) startWorkers() (err error) {
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), n+1))
 	for i := range n {
 		eng := NewEngine(EngineConfig{
-			Umem: h.umems[i], Virtual: h.caps.Virtual, Memory: h.memory(n),
+			Umem: h.umems[i], Virtual: h.caps.Virtual, InnerChunks: h.gateway != nil, InnerVirtual: h.innerNIC.Virtual, Memory: h.memory(n),
 			RekeyBytes: h.cfg.RekeyBytes, RekeyFrames: h.cfg.RekeyFrames, RekeyEvery: h.cfg.RekeyEvery, TCPKeepalive: h.cfg.TCPKeepalive,
 		})
-		w, err := newWorker(workerConfig{
+		c := workerConfig{
 			id: i, cpu: h.place.cpus[i], own: h.place.own[i], poll: h.cfg.Poll, drive: h.cfg.BusyPoll, start: h.start,
-			eng: eng, umem: h.umems[i], ports: h.ports[i], tap: h.tap.Queue(i), slow: newSlowSide(h, h.place.own[i]), owners: h.owners,
-		})
+			eng: eng, umem: h.umems[i], ports: h.ports[i], slow: newSlowSide(h, h.place.own[i]), owners: h.owners,
+		}
+		if h.gateway != nil {
+			c.inner = h.inner[i]
+		} else {
+			c.tap = h.tap.Queue(i)
+		}
+		w, err := newWorker(c)
 		if err != nil {
 			return err
 		}
@@ -206,8 +237,9 @@ func (h *Host) startWorkers() (err error) {
 	}
 	for i := range h.queues {
 		q := &h.queues[i]
-		q.CPU, q.Checksum = h.place.cpus[q.Worker], "software"
-		if h.workers[q.Worker].offload {
+		w := h.workers[q.Worker]
+		q.CPU, q.Checksum = w.cpu, "software"
+		if q.Interface == h.cfg.Interface && w.offload || q.Interface != h.cfg.Interface && w.requestInner != nil {
 			q.Checksum = "offload"
 		}
 	}
@@ -281,19 +313,11 @@ func (h *Host) concentrate(queues []int, have int) error {
 // openPorts binds the NIC queues and makes the TAP, then attaches the diverter,
 // which is still disabled, and the guard.
 func (h *Host) openPorts(want xdp.Mode, queues []int) error {
-	chunk := largeChunk
-	if h.fits(smallChunk, want != xdp.ModeCopy && want != xdp.ModeGeneric && h.caps.ZeroCopy) {
-		chunk = smallChunk
-	}
-	var err error
+	chunk := chunkSize(want, &h.caps)
 	n := len(h.place.cpus)
-	for i := range n {
-		own := (len(queues) - i + n - 1) / n
-		u, err := xdp.NewUmem(xdp.UmemConfig{Chunks: cmp.Or(h.cfg.UmemChunks, chunksBase+chunksQueue*own), ChunkSize: chunk, TXMetadata: true})
-		if err != nil {
-			return err
-		}
-		h.umems = append(h.umems, u)
+	err := h.makeUmems(len(queues), chunk)
+	if err != nil {
+		return err
 	}
 	// Never below the MTU of the interface, which may grow.
 	h.tap, err = xdp.OpenTAP(xdp.TAPConfig{Queues: n, MTU: xdp.MaxTAPMTU})
@@ -305,12 +329,36 @@ func (h *Host) openPorts(want xdp.Mode, queues []int) error {
 	}
 	h.mtu.Store(int64(h.caps.MTU))
 	if n > 1 {
-		if err := h.tap.SetSteering(h.diverter.SteeringProgram()); err != nil {
+		if err := h.tap.SetSteering(h.local.SteeringProgram()); err != nil {
 			return err
 		}
 	}
 	h.guard, err = h.openGuard()
 	return err
+}
+
+// chunkSize chooses chunks that hold a packet of any of the NICs.
+func chunkSize(want xdp.Mode, nics ...*xdp.Capabilities) int {
+	for _, nic := range nics {
+		if !fits(nic, smallChunk, want != xdp.ModeCopy && want != xdp.ModeGeneric && nic.ZeroCopy) {
+			return largeChunk
+		}
+	}
+	return smallChunk
+}
+
+// makeUmems makes each worker's packet memory, for so many queues of NICs.
+func (h *Host) makeUmems(queues, chunk int) error {
+	n := len(h.place.cpus)
+	for i := range n {
+		own := (queues - i + n - 1) / n
+		u, err := xdp.NewUmem(xdp.UmemConfig{Chunks: cmp.Or(h.cfg.UmemChunks, chunksBase+chunksQueue*own), ChunkSize: chunk, TXMetadata: true})
+		if err != nil {
+			return err
+		}
+		h.umems = append(h.umems, u)
+	}
+	return nil
 }
 
 // bind attaches the diverter and binds all queues. Natively attached, the queues
@@ -339,14 +387,15 @@ func (h *Host) bindQueues(modes []xdp.Mode, queues []int, chunk int, refused str
 		}
 	}()
 	weakest := modes[len(modes)-1]
-	h.diverter, err = xdp.AttachHost(xdp.HostAttachConfig{
+	h.local, err = xdp.AttachHost(xdp.HostAttachConfig{
 		Ifindex: h.caps.Ifindex, TAPIfindex: h.tap.Ifindex(), Mode: weakest,
-		Frags:     slices.ContainsFunc(modes, func(m xdp.Mode) bool { return h.multiBuffer(m, chunk) }),
+		Frags:     slices.ContainsFunc(modes, func(m xdp.Mode) bool { return multiBuffer(&h.caps, m, chunk) }),
 		Heartbeat: beatStale, Policy: h.policy, Flows: h.maxFlows() + mapSlack,
 	})
 	if err != nil {
 		return fmt.Errorf("%v: %w", weakest, err)
 	}
+	h.diverter = h.local
 	h.ports = make([][]port, len(h.umems))
 	h.queues = make([]QueueStatus, len(queues))
 	h.mode, h.mtuLimit = modes[0], xdp.MaxTAPMTU
@@ -356,11 +405,11 @@ func (h *Host) bindQueues(modes []xdp.Mode, queues []int, chunk int, refused str
 			return err
 		}
 		h.mode = max(h.mode, mode)
-		if !h.multiBuffer(mode, chunk) {
+		if !multiBuffer(&h.caps, mode, chunk) {
 			h.mtuLimit = min(h.mtuLimit, largestMTU(chunk, mode == xdp.ModeZeroCopy))
 		}
 		for i := w; i < len(queues); i += len(h.umems) {
-			h.queues[i] = QueueStatus{Queue: queues[i], Worker: w, Mode: mode.String(), Refused: why, CPU: -1}
+			h.queues[i] = QueueStatus{Interface: h.cfg.Interface, Queue: queues[i], Worker: w, Mode: mode.String(), Refused: why, CPU: -1}
 		}
 	}
 	return nil
@@ -399,13 +448,13 @@ func (h *Host) bindWorker(w int, m xdp.Mode, queues []int, chunk int) (err error
 		s, err := xdp.NewSocket(h.umems[w], xdp.SocketConfig{
 			Ifindex: h.caps.Ifindex, Queue: q, Mode: m,
 			FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize, Reserve: txReserve,
-			MultiBuffer: h.multiBuffer(m, chunk), BusyPoll: h.cfg.BusyPoll,
+			MultiBuffer: multiBuffer(&h.caps, m, chunk), BusyPoll: h.cfg.BusyPoll,
 		})
 		if err != nil {
 			return fmt.Errorf("queue %d: %w", q, err)
 		}
 		h.ports[w] = append(h.ports[w], port{queue: q, sock: s})
-		if err := h.diverter.RegisterSocket(q, s); err != nil {
+		if err := h.local.RegisterSocket(q, s); err != nil {
 			return err
 		}
 	}
@@ -414,12 +463,14 @@ func (h *Host) bindWorker(w int, m xdp.Mode, queues []int, chunk int) (err error
 
 // multiBuffer reports whether packets may be larger than a chunk: by the MTU,
 // or because a virtual device hands merged ones to generic XDP.
-func (h *Host) multiBuffer(m xdp.Mode, chunk int) bool {
-	return !h.fits(chunk, m == xdp.ModeZeroCopy) || m == xdp.ModeGeneric && h.caps.Virtual
+func multiBuffer(nic *xdp.Capabilities, m xdp.Mode, chunk int) bool {
+	return !fits(nic, chunk, m == xdp.ModeZeroCopy) || m == xdp.ModeGeneric && nic.Virtual
 }
 
 // fits reports whether a packet of the MTU's size is received in one chunk.
-func (h *Host) fits(chunk int, zeroCopy bool) bool { return h.caps.MTU <= largestMTU(chunk, zeroCopy) }
+func fits(nic *xdp.Capabilities, chunk int, zeroCopy bool) bool {
+	return nic.MTU <= largestMTU(chunk, zeroCopy)
+}
 
 // largestMTU is the size of the largest IP packet that is received in one chunk.
 // In zero-copy mode that is decided by the driver: several (igb, igc, some
@@ -437,18 +488,18 @@ func (h *Host) unbind() {
 	_ = h.closePorts()
 	if h.diverter != nil {
 		_ = h.diverter.Close()
-		h.diverter = nil
+		h.diverter, h.local, h.gateway = nil, nil, nil
 	}
 }
 
 func (h *Host) closePorts() error {
 	var errs []error
-	for _, ps := range h.ports {
+	for _, ps := range slices.Concat(h.ports, h.inner) {
 		for i := range ps {
 			errs = append(errs, ps[i].sock.Close())
 		}
 	}
-	h.ports, h.queues = nil, nil
+	h.ports, h.inner, h.queues = nil, nil, nil
 	return errors.Join(errs...)
 }
 
@@ -462,7 +513,7 @@ func (h *Host) openGuard() (*xdp.Guard, error) {
 		return nil, err
 	}
 	g, left, err := xdp.OpenGuard(xdp.GuardConfig{
-		Ifindex: h.caps.Ifindex, Mark: h.diverter.Mark(), Policy: h.policy,
+		Ifindex: h.caps.Ifindex, Mark: h.local.Mark(), Policy: h.policy,
 		Cgroup: h.cfg.GuardCgroup, Pins: h.cfg.GuardPins, Complete: h.cfg.Guard == GuardOn,
 	})
 	if err != nil {
@@ -480,6 +531,9 @@ func (h *Host) openGuard() (*xdp.Guard, error) {
 // guardState tells of the guard as Status does.
 func (h *Host) guardState() (state string, layers []GuardLayer) {
 	state, layers = "active", []GuardLayer{}
+	if h.gateway != nil {
+		return state, append(layers, GuardLayer{Layer: "gateway", Active: true, Persistent: !h.cfg.Block})
+	}
 	if h.guard == nil {
 		state = GuardOff
 	}
@@ -551,6 +605,12 @@ func (h *Host) watch() {
 				continue
 			}
 			h.err = fmt.Errorf("%s: %w", h.cfg.Interface, err)
+		case err := <-h.innerLink:
+			if mtu := xdp.DeviceMTU(0); errors.Is(err, xdp.ErrDeviceDown) || errors.As(err, &mtu) {
+				h.log.Warn("the inner interface has changed", "interface", h.cfg.Inner, "change", err)
+				continue
+			}
+			h.err = fmt.Errorf("%s: %w", h.cfg.Inner, err)
 		case <-beat.C:
 			h.beat()
 			h.shed()
@@ -570,6 +630,9 @@ func (h *Host) watch() {
 func (h *Host) setMTU(mtu int) {
 	h.mtu.Store(int64(mtu))
 	use := min(mtu, h.mtuLimit)
+	if h.gateway != nil {
+		use = min(use, h.innerNIC.MTU)
+	}
 	h.each(func(w *worker) {
 		w.slow.m.SetMTU(use)
 		w.eng.SetMTU(use)
@@ -779,11 +842,19 @@ func (h *Host) detach() error {
 func (h *Host) Status() Status {
 	guard, layers := h.guardState()
 	st := Status{
-		Interface: h.cfg.Interface, Driver: h.caps.Driver, MTU: int(h.mtu.Load()), Inner: h.tap.Name(), Mode: h.mode.String(),
+		Interface: h.cfg.Interface, Driver: h.caps.Driver, MTU: int(h.mtu.Load()), Mode: h.mode.String(),
 		Queues: slices.Clone(h.queues), Guard: guard, Layers: layers, Engine: crypto.EngineName(), PID: os.Getpid(), Uptime: time.Since(h.start).Seconds(),
 		Draining: h.draining.Load(), Ended: h.ended, Poll: h.cfg.Poll.String(),
 	}
-	ports := make(map[int]QueueStatus) // their counters
+	if h.gateway != nil {
+		st.Inner, st.Bypass = h.cfg.Inner, "forward"
+		if h.cfg.Block {
+			st.Bypass = "block"
+		}
+	} else {
+		st.Inner = h.tap.Name()
+	}
+	ports, inner := make(map[int]QueueStatus), make(map[int]QueueStatus) // their counters
 	h.each(func(w *worker) {
 		live, _ := w.eng.Flows()
 		ws := WorkerStatus{
@@ -799,6 +870,11 @@ func (h *Host) Status() Status {
 			}
 			ports[p.queue] = q
 		}
+		for i := range w.inner {
+			if x, err := w.inner[i].sock.Statistics(); err == nil {
+				inner[w.inner[i].queue] = QueueStatus{Received: x.Received, Transmitted: x.Transmitted}
+			}
+		}
 		st.Workers = append(st.Workers, ws)
 		st.Flows += ws.Flows
 		st.HalfOpen += ws.HalfOpen
@@ -806,6 +882,9 @@ func (h *Host) Status() Status {
 	for i := range st.Queues {
 		q := &st.Queues[i]
 		counted := ports[q.Queue]
+		if q.Interface != h.cfg.Interface {
+			counted = inner[q.Queue]
+		}
 		q.Received, q.Transmitted, q.HandedOver = counted.Received, counted.Transmitted, counted.HandedOver
 	}
 	return st
@@ -904,9 +983,11 @@ func (h *Host) Stats() Stats {
 			out.Reasons[k] += v
 		}
 		c["umem_free_chunks"] += uint64(w.umem.Available())
-		for i := range w.ports {
-			if x, err := w.ports[i].sock.Statistics(); err == nil {
-				addRing(c, &x)
+		for _, ps := range [][]port{w.ports, w.inner} {
+			for i := range ps {
+				if x, err := ps[i].sock.Statistics(); err == nil {
+					addRing(c, &x)
+				}
 			}
 		}
 	})
@@ -944,6 +1025,7 @@ func (s *EngineStats) add(c map[string]uint64) {
 		{"paws", s.PAWS}, {"bad_seq", s.BadSeq}, {"bad_ack", s.BadAck}, {"beyond_window", s.BeyondWindow}, {"over_budget", s.OverBudget}, {"duplicates", s.Duplicates},
 		{"out_of_order", s.OutOfOrder}, {"ooo_drops", s.OOODrops}, {"inner_gaps", s.InnerGaps}, {"inner_gap_drops", s.InnerGapDrops},
 		{"no_chunk", s.NoChunk}, {"no_memory", s.NoMemory}, {"challenge_acks", s.Challenges}, {"resets_ignored", s.ResetsIgnored},
+		{"in_place_out", s.InPlaceOut}, {"copied_out", s.CopiedOut}, {"in_place_in", s.InPlaceIn}, {"copied_in", s.CopiedIn},
 		{"icmp_in", s.ICMPIn}, {"icmp_dropped", s.ICMPDropped}, {"to_slow_path", s.ToSlow}, {"unknown_dropped", s.Unknown},
 	} {
 		c[x.name] += x.v

@@ -743,6 +743,12 @@ func (m *model) input(buf []byte, now time.Duration) {
 
 func (m *model) checkVnet(v xdp.VnetHdr, s *packet.Segment) {
 	gso := v.GSOType &^ xdp.VnetGSOECN
+	if v == (xdp.VnetHdr{}) { // of a gateway
+		if !s.ChecksumOK(false) {
+			m.fail("%s: bad checksum", m.name)
+		}
+		return
+	}
 	switch {
 	case v.Flags&xdp.VnetNeedsCsum == 0 || int(v.CsumStart) != s.L4 || v.CsumOffset != 16:
 		m.fail("%s: virtio-net header without checksum request: %+v", m.name, v)

@@ -27,8 +27,8 @@ func TestFits(t *testing.T) {
 		{3822, largeChunk, false, true},
 		{3823, largeChunk, false, false},
 	} {
-		h := &Host{caps: xdp.Capabilities{MTU: c.mtu}}
-		if got := h.fits(c.chunk, c.zeroCopy); got != c.want {
+		nic := &xdp.Capabilities{MTU: c.mtu}
+		if got := fits(nic, c.chunk, c.zeroCopy); got != c.want {
 			t.Errorf("MTU %d in chunks of %d, zero-copy %v: fits is %v", c.mtu, c.chunk, c.zeroCopy, got)
 		}
 	}

@@ -19,6 +19,8 @@ const (
 	// maxFrameRoom bounds what a window is enlarged by for the overhead of
 	// frames: it is part of what may go beyond the inner stack's window.
 	maxFrameRoom = bigSize / 2
+	// frameReserve is memory that data above a gap leaves for frames below it.
+	frameReserve = 2 * bigSize
 )
 
 // openMeta goes with an open operation of the same index.
@@ -53,7 +55,7 @@ func (e *Engine) consume(f *flow, data []byte, src source) int {
 			if f.asmHave == len(f.asm) {
 				frame := f.asm
 				f.asm, f.asmHave = nil, 0
-				e.queueOpen(f, frame, f.asmRef, f.asmOff, f.asmMark|src.mark)
+				e.queueOpen(f, frame, f.asmRef, f.asmOff, f.asmMark|src.mark&^markLead)
 			}
 		case f.hdrN == 0 && len(data) >= crypto.FrameHeader && src.ref.kind != refNone:
 			l := crypto.FrameHeader + int(binary.BigEndian.Uint16(data[1:]))
@@ -73,6 +75,7 @@ func (e *Engine) consume(f *flow, data []byte, src source) int {
 				mark &^= markPSH
 			}
 			e.queueOpen(f, data[:l:l], src.ref, src.off, mark)
+			src.mark &^= markLead
 		default:
 			n = e.startFrame(f, data, src)
 		}
@@ -228,6 +231,7 @@ func (e *Engine) keep(f *flow, m *openMeta, data []byte, at, urg int) {
 	off := m.off + uint32(at)
 	if m.ref.kind == refChunk && (n < smallPiece || e.buf.crowded()) || m.ref.kind == refSlab && n < smallPiece {
 		if mem, r, o, ok := e.buf.alloc(n, &f.rxSlab); ok {
+			m.mark &^= markLead
 			copy(mem, data)
 			if k := f.pieces.len(); k > 0 && urg == 0 {
 				if p := f.pieces.at(k - 1); p.ref == r && p.off+p.n == o && p.urg == 0 && p.mark&markCE == m.mark&markCE {
@@ -269,10 +273,19 @@ func (e *Engine) insertOOO(f *flow, o uint64, data []byte, src source) bool {
 		n := int(stop - o)
 		part := data[uint64(len(data))-(end-o):][:n]
 		ent := oooSeg{o: o, n: uint32(n), mark: src.mark}
+		if n < len(data) {
+			ent.mark &^= markLead
+		}
 		if src.ref.kind == refChunk && n >= smallPiece && !e.buf.crowded() {
 			e.addHold(src.ref)
 			ent.ref, ent.off = src.ref, src.off+uint32(uint64(len(data))-(end-o))
 		} else {
+			// What fills the gap may begin a frame, and needs memory too: without
+			// it nothing above the gap would ever be freed.
+			if e.buf.budget-e.buf.used < n+frameReserve {
+				e.st.OOODrops++
+				return fresh
+			}
 			mem, r, off, ok := e.buf.alloc(n, &f.rxSlab)
 			if !ok {
 				e.st.OOODrops++
@@ -325,6 +338,7 @@ func (e *Engine) drainOOO(f *flow) {
 				return
 			}
 			if uint32(d) < n {
+				f.ooo[k].mark &^= markLead
 				break
 			}
 		}
@@ -550,6 +564,11 @@ func (e *Engine) deliverOne(f *flow) {
 	first := f.seekPiece()
 	lim := int(min(f.innerEdge, f.dlvI) - f.sntI)
 	lim = min(lim, maxInnerPayload/f.inMSS*f.inMSS)
+	inPlace := false
+	if e.cfg.InnerChunks {
+		lim = min(lim, f.inMSS, e.chunkRoom())
+		inPlace = f.fresh(first) && int(first.n) <= lim
+	}
 	mark := first.mark & markCE
 	flags := uint8(packet.ACK)
 	urg := uint16(0)
@@ -563,9 +582,13 @@ func (e *Engine) deliverOne(f *flow) {
 		}
 		lim = min(lim, f.inMSS, int(first.n)-int(skip))
 	}
+	if inPlace {
+		lim = int(first.n)
+		p.place, p.off = first.ref, first.off
+	}
 	for k := f.cursor; n < lim && k < f.pieces.len() && len(p.data) < cap(p.data); k++ {
 		q := f.pieces.at(k)
-		if q.mark&markCE != mark || k > f.cursor && q.urg != 0 {
+		if q.mark&markCE != mark || k > f.cursor && (q.urg != 0 || e.cfg.InnerChunks && q.mark&markLead != 0) {
 			break
 		}
 		skip := seq + uint64(n) - q.at

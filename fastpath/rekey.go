@@ -64,7 +64,7 @@ func (e *Engine) rekey(f *flow) bool {
 		return false
 	}
 	f.rekeyNext = true
-	if !e.sealFrame(f, nil, 0, -1, true) {
+	if !e.sealFrame(f, nil, source{}, 0, -1, true) {
 		return false
 	}
 	f.ctlRTO = max(minRTO, 3*f.rtt)

@@ -87,9 +87,9 @@ func (f *flow) image(a, b uint64) (uint64, uint64) {
 }
 
 // innerData takes the payload and FIN of an inner segment. buf[0] is a byte of
-// headroom that may be overwritten, the data follows. gs is the size at which
-// the kernel wants it cut.
-func (e *Engine) innerData(f *flow, seq uint32, buf []byte, gs int, flags uint8, urg uint16) {
+// headroom that may be overwritten, the data follows; src is where buf lies. gs
+// is the size at which the kernel wants it cut.
+func (e *Engine) innerData(f *flow, seq uint32, buf []byte, src source, gs int, flags uint8, urg uint16) {
 	n := uint64(len(buf) - 1)
 	a := offOf(f.iss, seq, f.sealI)
 	fin := flags&packet.FIN != 0
@@ -125,17 +125,18 @@ func (e *Engine) innerData(f *flow, seq uint32, buf []byte, gs int, flags uint8,
 			return
 		}
 		cut := f.sealI - uint64(a)
-		buf = buf[min(cut, n):]
+		cut = min(cut, n)
+		buf, src.off = buf[cut:], src.off+uint32(cut)
 		if urg != 0 {
 			urg -= min(urg, uint16(cut))
 		}
 	}
-	e.claim(f, buf, gs, flags, urg)
+	e.claim(f, buf, src, gs, flags, urg)
 	for len(f.backlog) > 0 && f.backlog[0].i <= f.sealI {
 		b := f.backlog[0]
 		f.backlog = f.backlog[1:]
 		if skip := f.sealI - b.i; skip < uint64(len(b.buf)-1) || b.flag&packet.FIN != 0 && skip == uint64(len(b.buf)-1) {
-			e.claim(f, b.buf[skip:], b.gs, b.flag, b.urg-min(b.urg, uint16(skip)))
+			e.claim(f, b.buf[skip:], source{}, b.gs, b.flag, b.urg-min(b.urg, uint16(skip)))
 		}
 	}
 }
@@ -161,7 +162,7 @@ func (e *Engine) hold(f *flow, i uint64, buf []byte, gs int, flags uint8, urg ui
 // the memory that keeps the frames; it is the only place that does (T4). The
 // frames are sealed when the engine runs its vector of operations. When memory
 // is short the rest is dropped, and the inner stack will send it again.
-func (e *Engine) claim(f *flow, buf []byte, gs int, flags uint8, urg uint16) {
+func (e *Engine) claim(f *flow, buf []byte, src source, gs int, flags uint8, urg uint16) {
 	if f.finSealed {
 		return
 	}
@@ -185,7 +186,11 @@ func (e *Engine) claim(f *flow, buf []byte, gs int, flags uint8, urg uint16) {
 			u = int(urg) - 1 - off
 			fl |= crypto.FlagURG
 		}
-		if !e.sealFrame(f, buf[off:off+m+1], fl, u, last && flags&packet.PSH != 0) {
+		at := source{}
+		if last {
+			at = source{ref: src.ref, off: src.off + uint32(off)}
+		}
+		if !e.sealFrame(f, buf[off:off+m+1], at, fl, u, last && flags&packet.PSH != 0) {
 			e.st.NoMemory++
 			return
 		}
@@ -197,7 +202,7 @@ func (e *Engine) claim(f *flow, buf []byte, gs int, flags uint8, urg uint16) {
 		*f.recs.push() = rec{o: f.sealO, i: f.sealI, oLen: 1, iLen: 1, fin: true}
 		f.sealO++
 	} else {
-		if !e.sealFrame(f, nil, crypto.FlagFIN, -1, true) {
+		if !e.sealFrame(f, nil, source{}, crypto.FlagFIN, -1, true) {
 			e.st.NoMemory++
 			return
 		}
@@ -212,8 +217,9 @@ func (e *Engine) claim(f *flow, buf []byte, gs int, flags uint8, urg uint16) {
 }
 
 // sealFrame queues one frame for sealing. src is a byte of headroom and the
-// data; nil makes an empty frame. urgent is the urgent field, or -1 (T10).
-func (e *Engine) sealFrame(f *flow, src []byte, fl byte, urgent int, psh bool) bool {
+// data, which lie at; nil makes an empty frame. urgent is the urgent field, or
+// -1 (T10).
+func (e *Engine) sealFrame(f *flow, src []byte, at source, fl byte, urgent int, psh bool) bool {
 	data := max(0, len(src)-1)
 	hdr := crypto.FrameHeader + 1
 	if urgent >= 0 {
@@ -224,9 +230,15 @@ func (e *Engine) sealFrame(f *flow, src []byte, fl byte, urgent int, psh bool) b
 		e.abort(f, ReasonKeyExhausted)
 		return false
 	}
-	mem, r, off, ok := e.buf.alloc(total, &f.txSlab)
+	if urgent >= 0 {
+		at = source{}
+	}
+	mem, r, off, ok := e.sealPlace(at, total)
 	if !ok {
-		return false
+		mem, r, off, ok = e.buf.alloc(total, &f.txSlab)
+		if !ok {
+			return false
+		}
 	}
 	var control byte
 	if e.advanceTx(f, data == 0) {
@@ -330,7 +342,7 @@ func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 	if f.pmtu != 0 {
 		room = min(room, f.pmtu-f.ipLen()-packet.TCPLen)
 	}
-	room = min(room, e.umem.ChunkSize()-2*packet.MaxHeaders-256)
+	room = min(room, e.chunkRoom())
 	for from < to {
 		var h packet.Header
 		e.outerHeader(f, &h, e.opts[:], from, packet.ACK, false)
@@ -356,8 +368,13 @@ func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 			}
 		}
 		f.outer.SetECN(ecn)
-		if p := e.newOuter(f, &h, n); p != nil {
+		if r := f.recs.at(f.recByOuter(from)); fresh && r.whole(from, n) && e.sendSealed(f, &h, r, n) {
+			e.st.InPlaceOut++
+		} else if p := e.newOuter(f, &h, n); p != nil {
 			e.copyStored(f, from, p, &e.outMeta[len(e.outMeta)-1])
+			if n > 0 {
+				e.st.CopiedOut++
+			}
 		}
 		e.st.SegmentsOut++
 		if !fresh {
@@ -444,7 +461,7 @@ const maxAnswers = 64 << 10
 // acknowledges no answer does not fill the memory: the rest of them waits.
 func (e *Engine) control(f *flow) {
 	for f.rxGen > f.txGen && !f.finSealed && f.ctlBytes < maxAnswers {
-		if !e.sealFrame(f, nil, 0, -1, true) {
+		if !e.sealFrame(f, nil, source{}, 0, -1, true) {
 			return
 		}
 		f.ctlRTO = max(minRTO, 3*f.rtt)

@@ -185,6 +185,7 @@ func newSim(sc *scenario, pool *umemPool) *sim {
 		n.e = NewEngine(EngineConfig{
 			Umem: u, Virtual: sc.virtual, Memory: sc.memory[i], FlowBudget: sc.flowBudget, RekeyFrames: sc.rekeyFrames,
 			RekeyBytes: sc.rekeyBytes, RekeyEvery: sc.rekeyEvery, TCPKeepalive: sc.tcpKeepalive, Drain: n.drain,
+			InnerChunks: sc.gateway[i], InnerVirtual: true,
 		})
 		n.divert = map[packet.Key]bool{}
 		if sc.lives && sc.daemon[i] {

@@ -78,6 +78,7 @@ type scenario struct {
 	tcpKeepalive bool
 	pollDelay    time.Duration // most time that packets gather to a vector
 	virtual      bool          // checksum offload between virtual devices
+	gateway      [2]bool       // the inner port is of AF_XDP, too
 	mayAbort     bool          // a reset is a legal outcome
 	lives        bool          // connections are opened by the slow path, or are plain
 	daemon       [2]bool       // lives: the nodes that have one

@@ -1,6 +1,7 @@
 package fastpath
 
 import (
+	"bytes"
 	"encoding/binary"
 	"math/rand/v2"
 	"time"
@@ -105,10 +106,14 @@ func (n *simNode) poll() {
 	}
 	n.outerVec()
 	n.spare, n.inner = n.inner, n.spare[:0]
-	for _, b := range n.spare {
-		n.e.InnerIn(b, s.now)
+	if s.sc.gateway[n.id] {
+		n.innerVec(n.spare)
+	} else {
+		for _, b := range n.spare {
+			n.e.InnerIn(b, s.now)
+		}
+		n.e.Flush(s.now)
 	}
-	n.e.Flush(s.now)
 	n.drain()
 	for _, b := range n.spare {
 		s.putBuf(b)
@@ -124,6 +129,68 @@ func (n *simNode) outerVec() {
 	}
 }
 
+// innerVec gives a gateway's engine what the models sent, in segments.
+func (n *simNode) innerVec(packets [][]byte) {
+	vec := make([]xdp.Desc, 0, VectorSize)
+	flush := func() {
+		n.e.InnerChunks(vec, n.s.now)
+		vec = vec[:0]
+		n.drain()
+	}
+	for _, b := range packets {
+		eachSegment(b, func(p []byte) {
+			if len(p) > n.u.ChunkSize()-xdp.Headroom {
+				flush()
+				n.e.InnerFrame(bytes.Clone(p), n.s.now)
+				n.drain()
+				return
+			}
+			addr, ok := n.u.Alloc()
+			if !ok {
+				return // the fill ring ran empty
+			}
+			addr += xdp.Headroom
+			copy(n.u.Bytes(addr, len(p)), p)
+			vec = append(vec, xdp.Desc{Addr: addr, Len: uint32(len(p))})
+			if len(vec) == VectorSize {
+				flush()
+			}
+		})
+	}
+	flush()
+}
+
+// eachSegment cuts a packet with a virtio-net header as a device does that
+// segments.
+func eachSegment(b []byte, each func([]byte)) {
+	v := xdp.ParseVnetHdr(b)
+	frame := b[xdp.VnetHdrLen:]
+	var g packet.Segment
+	if v.GSOType == 0 || packet.Parse(frame, packet.FromInner, &g) != nil {
+		each(frame)
+		return
+	}
+	data := g.Payload()
+	for off := 0; off < len(data); off += int(v.GSOSize) {
+		end := min(off+int(v.GSOSize), len(data))
+		p := packet.Rewrite(nil, &g, g.Options(), data[off:end])
+		binary.BigEndian.PutUint32(p[g.L4+4:], g.Seq+uint32(off))
+		if end < len(data) {
+			p[g.L4+13] &^= packet.FIN | packet.PSH
+		}
+		if off > 0 {
+			p[g.L4+13] &^= packet.CWR
+		}
+		if urg := int(g.Urg) - off; urg > 0 {
+			binary.BigEndian.PutUint16(p[g.L4+18:], uint16(urg))
+		} else {
+			p[g.L4+13] &^= packet.URG
+		}
+		packet.FullChecksum(p, g.L3, g.L4, g.V6)
+		each(p)
+	}
+}
+
 // drain empties the engine's outputs.
 func (n *simNode) drain() {
 	s := n.s
@@ -135,10 +202,19 @@ func (n *simNode) drain() {
 	for _, d := range n.e.Out() {
 		b := s.getBuf(int(d.Len))
 		copy(b, n.u.Bytes(d.Addr, int(d.Len)))
-		n.u.Free(d.Addr)
+		n.u.Discard(d.Addr)
 		s.sent(n.id, b)
 	}
 	n.e.ClearOut()
+	n.e.FinishInner(nil)
+	for _, d := range n.e.InnerOut() {
+		b := append(n.asm[:0], make([]byte, xdp.VnetHdrLen)...)
+		b = append(b, n.u.Bytes(d.Addr, int(d.Len))...)
+		n.asm = b
+		n.u.Discard(d.Addr)
+		n.toModel(b)
+	}
+	n.e.ClearInner()
 	in := n.e.In()
 	for i := range in {
 		b := append(n.asm[:0], in[i].Header()...)
@@ -223,6 +299,9 @@ func (n *simNode) toModel(b []byte) {
 		return
 	}
 	m := f.m[n.id]
+	if s.sc.gateway[n.id] && f.up[n.id] && g.Len() > m.cfg.rcvMSS {
+		s.fail("node %d: %d bytes in a segment to %s", n.id, g.Len(), f.name)
+	}
 	if fl := n.e.tab.find(&g.Key); fl != nil {
 		m.consumed = fl.sealI - f.warpI[n.id]
 	}

@@ -18,6 +18,11 @@ func randomScenario(seed uint64) *scenario {
 func scenarioFrom(rng *rand.Rand, seed uint64) *scenario {
 	one := func(n int) bool { return rng.IntN(n) == 0 }
 	sc := &scenario{seed: seed, limit: 30 * time.Minute}
+	// Of a stream of its own, so that the rest of a seed's scenario stays.
+	other := rand.New(rand.NewPCG(seed, 5))
+	for k := range sc.gateway {
+		sc.gateway[k] = other.IntN(3) == 0
+	}
 	sc.chunkSize = pick(rng, 2048, 4096)
 	for k := range sc.chunks {
 		sc.chunks[k] = pick(rng, 512, 1024, 4096)
@@ -99,6 +104,8 @@ func scenarioFrom(rng *rand.Rand, seed uint64) *scenario {
 	lives := one(2)
 	flows := pick(rng, 1, 1, 1, 2, 4)
 	if lives {
+		// Their handshakes come by the TAP of a host.
+		sc.gateway = [2]bool{}
 		flows = pick(rng, 1, 2, 4, 8)
 	}
 	scale := 1.0
@@ -162,7 +169,7 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 			m.keepalive = pick(rng, 300*time.Millisecond, 5*time.Second)
 		}
 		m.urg = one(10)
-		m.lossy = sc.net[k].tapLoss > 0 || sc.net[k].tapDup > 0
+		m.lossy = sc.net[k].tapLoss > 0 || sc.net[k].tapDup > 0 || sc.gateway[k]
 		m.dscp = uint8(rng.IntN(64))
 		a := &c.app[k]
 		a.total = rng.Uint64N(uint64(float64(size)*scale) + 1)

@@ -52,7 +52,7 @@ type recentFlow struct {
 func newSlowSide(h *Host, own bool) *slowSide {
 	s := &slowSide{h: h, reasons: make(map[string]uint64), guarded: make(map[packet.Key]bool)}
 	cfg := slowpath.Config{
-		TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Policy: h.cfg.policy(), MTU: h.caps.MTU,
+		TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Policy: h.cfg.policy(), MTU: h.pathMTU(),
 		Cache: h.cache, ResumeNonce: h.cfg.ResumeNonce, Offload: offloads(own), Limiter: h.limiter,
 		MaxHalfOpen: max(slowpath.DefaultMaxHalfOpen/len(h.place.cpus), minHalfOpen), Room: s.room,
 	}
@@ -145,7 +145,7 @@ func (s *slowSide) ours(ev *Event) bool {
 	}
 	if owner >= 0 && owner != w.id {
 		pkt := ev.Frame
-		if ev.Dir == packet.FromInner {
+		if ev.Dir == packet.FromInner && w.tap != nil {
 			pkt = append(make([]byte, xdp.VnetHdrLen), pkt...)
 		}
 		w.handOver(owner, ev.Dir, pkt)
@@ -237,6 +237,9 @@ func (s *slowSide) finish() {
 func (s *slowSide) handle(ev *Event, now time.Duration) {
 	switch ev.Kind {
 	case SlowFrame:
+		if s.h.dead.reset(s.w.eng, ev, now) {
+			return
+		}
 		if s.ours(ev) {
 			s.carryOut(s.m.Input(ev.Dir, ev.Frame, now), now)
 			s.settle(&ev.Key)
@@ -313,6 +316,9 @@ func (s *slowSide) undivert(k packet.Key) {
 // is released, a forged answer by a side door would be believed, and with it the
 // beginning of a stream that is encrypted afterwards.
 func (s *slowSide) protect(k packet.Key, agreed bool) bool {
+	if s.h.gateway != nil {
+		return true // its programs do it
+	}
 	before, ok := s.guarded[k]
 	if !ok && !s.listed(s.h.guard.Insert(k.Bytes())) {
 		return false
@@ -322,6 +328,9 @@ func (s *slowSide) protect(k packet.Key, agreed bool) bool {
 }
 
 func (s *slowSide) unguard(k packet.Key, destroy bool) {
+	if s.h.gateway != nil {
+		return
+	}
 	if destroy {
 		if err := s.h.destroy(k.Bytes()); err != nil {
 			s.h.log.Warn("socket of an aborted flow may be left", "flow", k.String(), "err", err)

@@ -75,7 +75,8 @@ type workerConfig struct {
 	eng   *Engine
 	umem  *xdp.Umem
 	ports []port
-	tap   *xdp.TAPQueue
+	tap   *xdp.TAPQueue // nil in gateway mode
+	inner []port        // of the inner NIC, in gateway mode
 	slow  *slowSide
 
 	peers  []*worker // all workers of the host by their numbers; nil: there is one
@@ -111,9 +112,12 @@ type worker struct {
 
 	offload bool // the port completes TCP checksums
 	request func(d *xdp.Desc, start, offset uint16)
-	descs   []xdp.Desc
-	bufs    [tapReads][]byte
-	pfds    []unix.PollFd
+	// The same of the inner NIC.
+	requestInner func(d *xdp.Desc, start, offset uint16)
+	descs        []xdp.Desc
+	bufs         [tapReads][]byte
+	pfds         []unix.PollFd
+	nics         int // of them, those of NIC queues, which come first
 
 	looked  time.Duration // when the ports were looked at
 	stalled bool          // what waits at the ports may be out of date
@@ -145,7 +149,14 @@ func newWorker(c workerConfig) (*worker, error) {
 	for i := range w.ports {
 		w.pfds = append(w.pfds, unix.PollFd{Fd: int32(w.ports[i].sock.FD()), Events: unix.POLLIN})
 	}
-	w.pfds = append(w.pfds, unix.PollFd{Fd: int32(w.tap.FD()), Events: unix.POLLIN}, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+	for i := range w.inner {
+		w.pfds = append(w.pfds, unix.PollFd{Fd: int32(w.inner[i].sock.FD()), Events: unix.POLLIN})
+	}
+	w.nics = len(w.pfds)
+	if w.tap != nil {
+		w.pfds = append(w.pfds, unix.PollFd{Fd: int32(w.tap.FD()), Events: unix.POLLIN})
+	}
+	w.pfds = append(w.pfds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
 	w.slow.w = w
 	w.eng.cfg.Drain = w.transmit
 	if w.owners != nil {
@@ -154,6 +165,9 @@ func newWorker(c workerConfig) (*worker, error) {
 	w.offload = w.ports[0].sock.ChecksumOffload()
 	if w.offload {
 		w.request = w.ports[0].sock.RequestChecksum
+	}
+	if len(w.inner) > 0 && w.inner[0].sock.ChecksumOffload() {
+		w.requestInner = w.inner[0].sock.RequestChecksum
 	}
 	return w, nil
 }
@@ -313,7 +327,7 @@ func (w *worker) outerVector() int {
 		v := w.descs[:n]
 		for i := range v {
 			if v[i].Options&xdp.OptionContinued != 0 || len(p.multi) > 0 {
-				v = w.linearize(p, v)
+				v = w.linearize(p, v, w.eng.OuterFrame)
 				break
 			}
 		}
@@ -322,10 +336,37 @@ func (w *worker) outerVector() int {
 	return total
 }
 
+// innerPorts is innerVector for gateway mode.
+func (w *worker) innerPorts() int {
+	total := 0
+	for k := range w.inner {
+		p := &w.inner[k]
+		if w.drive {
+			p.sock.Drive()
+		}
+		n := p.sock.Receive(w.descs)
+		if n == 0 {
+			continue
+		}
+		total += n
+		w.more = w.more || n == len(w.descs)
+		v := w.descs[:n]
+		for i := range v {
+			if v[i].Options&xdp.OptionContinued != 0 || len(p.multi) > 0 {
+				v = w.linearize(p, v, w.eng.InnerFrame)
+				break
+			}
+		}
+		w.eng.InnerChunks(v, w.now())
+	}
+	return total
+}
+
 // linearize puts packets of several buffers together, which can straddle two
 // vectors of a port, and returns the descriptors of the others. Such packets are
-// larger than a chunk; they come from senders that ignore the announced MSS.
-func (w *worker) linearize(p *port, v []xdp.Desc) []xdp.Desc {
+// larger than a chunk; they come from senders that ignore the announced MSS, and
+// are given to whole.
+func (w *worker) linearize(p *port, v []xdp.Desc, whole func(frame []byte, now time.Duration)) []xdp.Desc {
 	keep := v[:0]
 	for _, d := range v {
 		more := d.Options&xdp.OptionContinued != 0
@@ -339,7 +380,7 @@ func (w *worker) linearize(p *port, v []xdp.Desc) []xdp.Desc {
 		w.umem.Free(d.Addr)
 		if !more {
 			w.st.multiBuffer++
-			w.eng.OuterFrame(p.multi, w.now())
+			whole(p.multi, w.now())
 			p.multi = p.multi[:0]
 		}
 	}
@@ -347,6 +388,9 @@ func (w *worker) linearize(p *port, v []xdp.Desc) []xdp.Desc {
 }
 
 func (w *worker) innerVector() int {
+	if w.tap == nil {
+		return w.innerPorts()
+	}
 	n := 0
 	for n < tapReads {
 		k, err := w.tap.Read(w.bufs[n])
@@ -387,8 +431,13 @@ func (w *worker) timers() {
 func (w *worker) transmit() {
 	if out := w.eng.Out(); len(out) > 0 {
 		w.eng.FinishOut(w.request)
-		w.transmitOuter(out)
+		w.transmitTo(w.ports[0].sock, out)
 		w.eng.ClearOut()
+	}
+	if in := w.eng.InnerOut(); len(in) > 0 {
+		w.eng.FinishInner(w.requestInner)
+		w.transmitTo(w.inner[0].sock, in)
+		w.eng.ClearInner()
 	}
 	if in := w.eng.In(); len(in) > 0 {
 		for i := range in {
@@ -401,8 +450,7 @@ func (w *worker) transmit() {
 	}
 }
 
-func (w *worker) transmitOuter(out []xdp.Desc) {
-	s := w.ports[0].sock
+func (w *worker) transmitTo(s *xdp.Socket, out []xdp.Desc) {
 	for try := 0; len(out) > 0; try++ {
 		n := s.Transmit(out)
 		out = out[n:]
@@ -421,13 +469,18 @@ func (w *worker) transmitOuter(out []xdp.Desc) {
 	}
 	for _, d := range out {
 		w.st.txFull++
-		w.umem.Free(d.Addr)
+		w.umem.Discard(d.Addr)
 	}
 }
 
 func (w *worker) reclaim() {
 	for i := range w.ports {
 		s := w.ports[i].sock
+		s.Complete()
+		s.Refill()
+	}
+	for i := range w.inner {
+		s := w.inner[i].sock
 		s.Complete()
 		s.Refill()
 	}
@@ -460,7 +513,7 @@ func (w *worker) rest() {
 		var b [8]byte
 		_, _ = unix.Read(w.wakeFD, b[:])
 	}
-	for _, p := range w.pfds[:len(w.ports)] {
+	for _, p := range w.pfds[:w.nics] {
 		if p.Revents&(unix.POLLERR|unix.POLLHUP|unix.POLLNVAL) != 0 {
 			w.err = xdp.ErrDeviceGone
 			w.stop.Store(true)

@@ -200,7 +200,7 @@ func (m *Machine) activeOuter(f *flow, s *packet.Segment) {
 		m.count(dropUnacceptable)
 		if s.Flags&packet.RST == 0 {
 			m.count(countResets)
-			m.answer(f.key, packet.FromOuter, reset(s, packet.FromOuter))
+			m.answer(f.key, packet.FromOuter, Reset(s, packet.FromOuter))
 		}
 	case s.Flags&packet.RST != 0:
 		if s.Flags&packet.ACK == 0 {

@@ -90,9 +90,10 @@ func learnReverse(t *packet.Template, s *packet.Segment, dir packet.Direction) {
 // was seen.
 const replyTTL = 64
 
-// reset returns the RST that answers s (RFC 9293 section 3.10.7.1), for the
-// side that s came from.
-func reset(s *packet.Segment, dir packet.Direction) []byte {
+// Reset returns the frame with the RST that answers s (RFC 9293 section 3.10.7.1),
+// for the side that s came from, without its TCP checksum; nil when s cannot be
+// answered.
+func Reset(s *packet.Segment, dir packet.Direction) []byte {
 	var t packet.Template
 	learnReverse(&t, s, dir)
 	if !t.Set() {

@@ -459,7 +459,7 @@ func (m *Machine) straggler(t *tomb, s *packet.Segment, dir packet.Direction) {
 			return
 		}
 		m.count(countResets)
-		m.answer(s.Key, dir, reset(s, dir))
+		m.answer(s.Key, dir, Reset(s, dir))
 		if dir == packet.FromInner {
 			// The inner stack had not heard of the end: stay.
 			m.tombs.remove(t)
@@ -488,7 +488,7 @@ func (m *Machine) plainSYN(s *packet.Segment, dir packet.Direction, reason strin
 	}
 	if m.policy(&s.Key, dir).Verdict == Require {
 		m.count(countResets)
-		m.answer(s.Key, dir, reset(s, dir))
+		m.answer(s.Key, dir, Reset(s, dir))
 		m.report(info, StateFailed, ReasonRequired)
 		return
 	}

@@ -310,7 +310,7 @@ func (m *Machine) answeredOuter(f *flow, s *packet.Segment) {
 	case s.Ack != f.iss+1:
 		m.count(dropUnacceptable)
 		m.count(countResets)
-		m.answer(f.key, packet.FromOuter, reset(s, packet.FromOuter))
+		m.answer(f.key, packet.FromOuter, Reset(s, packet.FromOuter))
 		return
 	}
 	if !hasENO(s.Options()) {

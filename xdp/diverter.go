@@ -61,14 +61,6 @@ var hostCounters = []string{
 	"tap_dropped_other",
 }
 
-// Keys of the control map: enum control of bpf/host.c.
-const (
-	controlEnabled = iota
-	controlGeneric
-	controlBeat
-	controlShed
-)
-
 // HostAttachConfig says what a Diverter is attached to.
 type HostAttachConfig struct {
 	Ifindex    int // the NIC
@@ -106,16 +98,13 @@ type HostAttachConfig struct {
 // All else takes the kernel's path. The programs are held by links that end
 // with the process; nothing stays attached.
 type Diverter struct {
-	collection *ebpf.Collection
-	links      []link.Link // in the order of attachment
-	program    ebpf.ProgramID
-	mode       Mode
-	fallback   error
-	mark       uint32
-	ifindex    int
-	heartbeat  bool
-
-	flows *flowMap
+	diversion
+	links    []link.Link // in the order of attachment
+	program  ebpf.ProgramID
+	mode     Mode
+	fallback error
+	mark     uint32
+	ifindex  int
 }
 
 // attached are the XDP programs of this process's diverters, for OpenGuard.
@@ -137,7 +126,7 @@ func AttachHost(cfg HostAttachConfig) (_ *Diverter, err error) {
 		return nil, fmt.Errorf("xdp: interface %d: %w", cfg.Ifindex, err)
 	}
 	name := nic.Attrs().Name
-	d := &Diverter{ifindex: cfg.Ifindex, heartbeat: cfg.Heartbeat > 0}
+	d := &Diverter{ifindex: cfg.Ifindex, diversion: diversion{heartbeat: cfg.Heartbeat > 0}}
 	defer func() {
 		if err != nil {
 			d.Close()
@@ -311,13 +300,6 @@ func xdpProgram(nic netlink.Link) (ebpf.ProgramID, string) {
 	return id, info.Name
 }
 
-func (d *Diverter) control(key uint32, value uint64) error {
-	if err := d.collection.Maps["control"].Put(key, value); err != nil {
-		return fmt.Errorf("xdp: write eBPF control map: %w", err)
-	}
-	return nil
-}
-
 // RegisterSocket gives diverted packets of a receive queue of the NIC to s,
 // which must be bound to that queue. It ends when s is closed.
 func (d *Diverter) RegisterSocket(queue int, s *Socket) error {
@@ -327,10 +309,6 @@ func (d *Diverter) RegisterSocket(queue int, s *Socket) error {
 	return nil
 }
 
-// Insert diverts the connection from now on. What of it arrives on a queue
-// without socket is dropped. Any goroutine may call Insert and Delete.
-func (d *Diverter) Insert(key FlowKey) error { return d.flows.insert(key, 0) }
-
 // InsertSteered is Insert for a connection whose outgoing packets are to come
 // out of the given TAP queue, with SteeringProgram set on the TAP device. For
 // an inserted connection it changes the queue.
@@ -338,58 +316,8 @@ func (d *Diverter) InsertSteered(key FlowKey, tapQueue int) error {
 	return d.flows.insert(key, uint32(tapQueue)+1)
 }
 
-// Delete lets the connection take the kernel's path again. A connection that
-// is not inserted is no error.
-func (d *Diverter) Delete(key FlowKey) error { return d.flows.delete(key) }
-
 // SteeringProgram returns the program for TAP.SetSteering.
 func (d *Diverter) SteeringProgram() *ebpf.Program { return d.collection.Programs["tap_steer"] }
-
-// SetPolicy selects the connections whose SYNs are diverted: those from this
-// host that are not to be plain, and from the wire those of them that carry an
-// ENO option or that the process is to refuse.
-func (d *Diverter) SetPolicy(p Policy) error { return p.write(d.collection.Maps["policy"]) }
-
-// Enable says whether SYNs are diverted. Inserted connections are in any case.
-func (d *Diverter) Enable(on bool) error {
-	value := uint64(0)
-	if on {
-		value = 1
-	}
-	return d.control(controlEnabled, value)
-}
-
-// Shed says whether SYNs from the wire pass to the stack although they offer
-// encryption, because there are too many already. Those that the policy requires
-// to be encrypted are then the guard's to refuse.
-func (d *Diverter) Shed(on bool) error {
-	value := uint64(0)
-	if on {
-		value = 1
-	}
-	return d.control(controlShed, value)
-}
-
-// Flows returns how many connections are inserted. Any goroutine may call it.
-func (d *Diverter) Flows() int { return int(d.flows.n.Load()) }
-
-// Beat tells the programs that the process works; with
-// HostAttachConfig.Heartbeat it must be called several times in that time. Any
-// goroutine may call it. It is a system call.
-func (d *Diverter) Beat() error {
-	if !d.heartbeat {
-		return nil
-	}
-	return d.beat()
-}
-
-func (d *Diverter) beat() error {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
-		return fmt.Errorf("xdp: read clock: %w", err)
-	}
-	return d.control(controlBeat, uint64(now.Nano()))
-}
 
 // Counters returns how many packets met which verdict since AttachHost. Any
 // goroutine may call it.

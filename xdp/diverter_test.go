@@ -394,7 +394,7 @@ func TestDiverterVLAN(t *testing.T) {
 
 func TestDiverterSteering(t *testing.T) {
 	c := hostPrograms(t, 0)
-	d := &Diverter{collection: c, flows: newFlowMap(c.Maps["flows"], c.Maps["pairs"])}
+	d := &Diverter{diversion: diversion{collection: c, flows: newFlowMap(c.Maps["flows"], c.Maps["pairs"])}}
 	for queue := range 4 {
 		for _, key := range []FlowKey{NewFlowKey(local4, remote4, 0), NewFlowKey(local6, remote6, 0), NewFlowKey(local4, remote4, 7)} {
 			if err := d.InsertSteered(key, queue); err != nil {

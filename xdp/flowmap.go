@@ -65,6 +65,22 @@ func (m *flowMap) delete(key FlowKey) error {
 	return m.releasePair([32]byte(key[:32]))
 }
 
+// adopt takes over maps that list connections already, and returns those.
+func (m *flowMap) adopt() (keys []FlowKey, err error) {
+	var key FlowKey
+	var value uint32
+	entries := m.flows.Iterate()
+	for entries.Next(&key, &value) {
+		keys = append(keys, key)
+		m.n.Add(1)
+		m.users[[32]byte(key[:32])]++
+	}
+	if err := entries.Err(); err != nil {
+		return nil, fmt.Errorf("xdp: list connections of an earlier process: %w", err)
+	}
+	return keys, nil
+}
+
 func (m *flowMap) releasePair(pair [32]byte) error {
 	if m.users[pair]--; m.users[pair] > 0 {
 		return nil

@@ -46,7 +46,7 @@ func hostPrograms(t *testing.T, heartbeat uint64) *ebpf.Collection {
 		t.Fatalf("%+v", err)
 	}
 	t.Cleanup(c.Close)
-	d := &Diverter{collection: c, flows: newFlowMap(c.Maps["flows"], c.Maps["pairs"])}
+	d := &Diverter{diversion: diversion{collection: c, flows: newFlowMap(c.Maps["flows"], c.Maps["pairs"])}}
 	if err := d.SetPolicy(Policy{Ports: [][2]uint16{{80, 81}}, Exclude: [][2]uint16{{81, 81}}}); err != nil {
 		t.Fatal(err)
 	}
@@ -328,7 +328,7 @@ func TestTAPIngressVerdicts(t *testing.T) {
 func TestHeartbeat(t *testing.T) {
 	const timeout = 1e9
 	c := hostPrograms(t, timeout)
-	d := &Diverter{collection: c, heartbeat: true}
+	d := &Diverter{diversion: diversion{collection: c, heartbeat: true}}
 	flow, syn := segment{src: remote4, dst: local4}.frame(), segment{src: client4, dst: server4, flags: flagSYN, options: eno}.frame()
 	flowOut, synOut := segment{src: local4, dst: remote4}.frame(), segment{src: server4, dst: client4, flags: flagSYN}.frame()
 	runVerdicts(t, c, "host_xdp", []verdictCase{

@@ -554,12 +554,13 @@ func (s *Socket) Transmit(d []Desc) int {
 			chunk := desc.Addr >> u.shift
 			if !valid {
 				if chunk < uint64(len(u.holder)) {
-					u.Free(desc.Addr)
+					u.Discard(desc.Addr)
 				}
 				continue
 			}
 			u.debug.move(chunk, ownerWorker, ownerTX)
 			u.holder[chunk] = s.id | holderTX
+			u.retained[chunk] &^= stateQueued
 			s.tx.push(desc)
 			pushed++
 		}
@@ -602,7 +603,8 @@ func (s *Socket) packet(d []Desc) (n int, valid bool) {
 	return 0, false
 }
 
-// Complete returns chunks that were transmitted to the pool, and their number.
+// Complete returns chunks that were transmitted to the pool, or to the worker if
+// they are retained, and their number.
 func (s *Socket) Complete() int {
 	n := s.completion.available()
 	if n == 0 {
@@ -612,8 +614,12 @@ func (s *Socket) Complete() int {
 	for range n {
 		addr := s.completion.pop()
 		chunk := addr >> u.shift
-		u.debug.move(chunk, ownerTX, ownerPool)
 		u.holder[chunk] = holderNone
+		if u.retained[chunk] != 0 {
+			u.debug.move(chunk, ownerTX, ownerWorker)
+			continue
+		}
+		u.debug.move(chunk, ownerTX, ownerPool)
 		u.put(addr)
 	}
 	s.completed(n)
@@ -740,7 +746,7 @@ func (s *Socket) Statistics() (Statistics, error) {
 // Close sends what it can of the TX ring within 50 ms, unbinds the queue and
 // puts the chunks of the rings back into the pool. Chunks that the device may
 // still touch stay out of it until a socket is bound to the same queue again.
-// The Umem stays usable.
+// The Umem stays usable. Nothing may be retained of what the socket transmits.
 func (s *Socket) Close() error {
 	if s.closed {
 		return nil
@@ -766,6 +772,7 @@ func (s *Socket) Close() error {
 			continue
 		}
 		u.holder[chunk] = holderNone
+		u.retained[chunk] = 0
 		addr := uint64(chunk) << u.shift
 		// In copy mode the kernel writes no chunk once the socket is closed,
 		// but a frame in a device's queue may still refer to one. A zero-copy

@@ -187,6 +187,58 @@ func TestSocketTransmit(t *testing.T) {
 	}
 }
 
+// A retained chunk comes back to who retains it, or to the pool if that one has
+// let go of it meanwhile.
+func TestRetain(t *testing.T) {
+	l := newQuietLab(t, 1, 1500)
+	u := testUmem(t, 64, 2048)
+	s := testSocket(t, u, SocketConfig{Ifindex: l.nic.Attrs().Index, Mode: ModeCopy, FillSize: 64, RXSize: 64, TXSize: 64, CompletionSize: 64, Reserve: 64})
+	wire := l.openPacket(testProto)
+	var d []Desc
+	for n := range uint32(3) {
+		d = append(d, put(t, u, numbered(n, 100)))
+		if n < 2 {
+			u.Retain(d[n].Addr)
+		}
+	}
+	if n := s.Transmit(d); n != 3 {
+		t.Fatalf("took %d", n)
+	}
+	if !u.Sending(d[0].Addr) || u.Available() != u.Chunks()-3 {
+		t.Fatalf("sending %v, %d chunks in the pool", u.Sending(d[0].Addr), u.Available())
+	}
+	u.Free(d[1].Addr)
+	if u.Available() != u.Chunks()-3 {
+		t.Error("a chunk in a ring is in the pool, too")
+	}
+	drain(t, s)
+	for n := range uint32(3) {
+		if got := wire.receive(); !bytes.Equal(got, numbered(n, 100)) {
+			t.Errorf("frame %d: % x", n, got)
+		}
+	}
+	if u.Sending(d[0].Addr) || u.Available() != u.Chunks()-1 {
+		t.Errorf("sending %v, %d of %d chunks in the pool", u.Sending(d[0].Addr), u.Available(), u.Chunks())
+	}
+	if got := u.Bytes(d[0].Addr, 100); !bytes.Equal(got, numbered(0, 100)) {
+		t.Errorf("the retained chunk has % x", got)
+	}
+	u.Retain(d[0].Addr)
+	u.Discard(d[0].Addr)
+	if u.Available() != u.Chunks()-1 || u.Sending(d[0].Addr) {
+		t.Error("discarded although retained")
+	}
+	u.Retain(d[0].Addr)
+	u.Free(d[0].Addr)
+	if u.Available() != u.Chunks()-1 {
+		t.Error("in the pool before it was discarded")
+	}
+	u.Discard(d[0].Addr)
+	if u.Available() != u.Chunks() {
+		t.Errorf("%d of %d chunks in the pool", u.Available(), u.Chunks())
+	}
+}
+
 // Without a carrier the device drops each frame, which ends the batch: all
 // chunks come back nevertheless.
 func TestSocketTransmitBusy(t *testing.T) {

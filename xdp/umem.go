@@ -34,8 +34,9 @@ type UmemConfig struct {
 
 // A Umem is the packet memory that one worker and its sockets share, cut into
 // chunks of equal size. A chunk has one owner at any time: the pool, the
-// worker, or one of the rings of a socket. All methods may be called only by
-// the worker that owns the Umem.
+// worker, or one of the rings of a socket; a retained chunk in a TX ring may
+// also be read by the worker. All methods may be called only by the worker that
+// owns the Umem.
 type Umem struct {
 	mem    []byte // chunks and slack
 	size   int    // bytes of all chunks
@@ -51,6 +52,10 @@ type Umem struct {
 	// holder tells for every chunk which ring of which socket has it, so that
 	// a closed socket's chunks can be found; see socket.hold.
 	holder []uint16
+
+	// retained tells which chunks the worker goes on to read while a ring has
+	// them, and after it.
+	retained []uint8
 
 	sockets    []*Socket // by their id; nil where closed
 	quarantine map[deviceQueue][]uint64
@@ -77,6 +82,7 @@ func NewUmem(cfg UmemConfig) (*Umem, error) {
 		config:     cfg,
 		free:       make([]uint64, cfg.Chunks),
 		holder:     make([]uint16, cfg.Chunks),
+		retained:   make([]uint8, cfg.Chunks),
 		quarantine: make(map[deviceQueue][]uint64),
 	}
 	for 1<<u.shift < cfg.ChunkSize {
@@ -119,10 +125,45 @@ func (u *Umem) Alloc() (addr uint64, ok bool) {
 	return addr, true
 }
 
-// Free puts the caller's chunk that contains addr back into the pool.
+// Free puts the caller's chunk that contains addr back into the pool. One that
+// was retained gets there when it was transmitted or discarded.
 func (u *Umem) Free(addr uint64) {
-	u.debug.move(addr>>u.shift, ownerWorker, ownerPool)
+	chunk := addr >> u.shift
+	state := u.retained[chunk]
+	u.retained[chunk] = state &^ stateRetained
+	if state&stateQueued != 0 || state != 0 && u.holder[chunk]&holderTX != 0 {
+		return
+	}
+	u.debug.move(chunk, ownerWorker, ownerPool)
 	u.put(addr)
+}
+
+// States of a chunk that the worker goes on to read while it is transmitted.
+const (
+	stateRetained = 1 << iota // Free was not called yet
+	stateQueued               // neither Transmit nor Discard was called yet
+)
+
+// Retain announces that the caller's chunk that contains addr is to be
+// transmitted, and that the caller goes on to read it until it calls Free. It
+// must not be written until Sending is false.
+func (u *Umem) Retain(addr uint64) { u.retained[addr>>u.shift] = stateRetained | stateQueued }
+
+// Sending reports whether the chunk that contains addr is retained and not yet
+// transmitted.
+func (u *Umem) Sending(addr uint64) bool {
+	chunk := addr >> u.shift
+	return u.retained[chunk]&stateQueued != 0 || u.holder[chunk]&holderTX != 0
+}
+
+// Discard takes a chunk that was to be transmitted and is not: it goes to the
+// pool, unless it is retained.
+func (u *Umem) Discard(addr uint64) {
+	chunk := addr >> u.shift
+	u.retained[chunk] &^= stateQueued
+	if u.retained[chunk] == 0 {
+		u.Free(addr)
+	}
 }
 
 func (u *Umem) put(addr uint64) {

@@ -244,6 +244,9 @@ func printStatus(w io.Writer, st fastpath.Status) {
 	table(w, func(w io.Writer) {
 		fmt.Fprintf(w, "interface\t%s (%s, MTU %d)\n", st.Interface, st.Driver, st.MTU)
 		fmt.Fprintf(w, "inner\t%s\n", st.Inner)
+		if st.Bypass != "" {
+			fmt.Fprintf(w, "bypass\t%s\n", st.Bypass)
+		}
 		fmt.Fprintf(w, "mode\t%s\n", st.Mode)
 		fmt.Fprintf(w, "poll\t%s\n", st.Poll)
 		fmt.Fprintf(w, "guard\t%s\n", st.Guard)
@@ -272,10 +275,10 @@ func printStatus(w io.Writer, st fastpath.Status) {
 	}
 	fmt.Fprintln(w)
 	table(w, func(w io.Writer) {
-		fmt.Fprintln(w, "QUEUE\tWORKER\tCPU\tMODE\tCHECKSUM\tRECEIVED\tSENT\tHANDED OVER\tBETTER MODE REFUSED")
+		fmt.Fprintln(w, "INTERFACE\tQUEUE\tWORKER\tCPU\tMODE\tCHECKSUM\tRECEIVED\tSENT\tHANDED OVER\tBETTER MODE REFUSED")
 		for _, s := range st.Queues {
-			fmt.Fprintf(w, "%d\t%d\t%s\t%s\t%s\t%d\t%d\t%d\t%s\n",
-				s.Queue, s.Worker, cpuName(s.CPU), s.Mode, dash(s.Checksum), s.Received, s.Transmitted, s.HandedOver, dash(s.Refused))
+			fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%d\t%d\t%d\t%s\n",
+				s.Interface, s.Queue, s.Worker, cpuName(s.CPU), s.Mode, dash(s.Checksum), s.Received, s.Transmitted, s.HandedOver, dash(s.Refused))
 		}
 	})
 	if len(st.Workers) < 2 {

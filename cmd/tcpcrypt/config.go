@@ -33,6 +33,7 @@ const maxIndex = 4095
 type settings struct {
 	iface    string
 	inner    string
+	bypass   choice
 	mode     choice
 	queues   list[int]
 	workers  int
@@ -72,6 +73,7 @@ func newSettings() *settings {
 	s := &settings{
 		mode:      choice{"auto", []string{"auto", "zerocopy", "copy", "generic"}},
 		guard:     choice{fastpath.GuardAuto, []string{fastpath.GuardAuto, fastpath.GuardOn, fastpath.GuardOff}},
+		bypass:    choice{"forward", []string{"forward", "block"}},
 		logFormat: choice{"text", []string{"text", "json"}},
 		poll:      choice{fastpath.PollHybrid.String(), fastpath.PollNames},
 		queues:    list[int]{parse: parseIndexes},
@@ -91,7 +93,8 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs := pflag.NewFlagSet("run", pflag.ContinueOnError)
 	fs.SortFlags = false
 	fs.StringVar(&s.iface, "interface", "", "encrypt the TCP connections of the network interface `IF`")
-	fs.StringVar(&s.inner, "inner-interface", "", "inner network interface `IF` of a gateway")
+	fs.StringVar(&s.inner, "inner-interface", "", "be a gateway for the hosts on the network interface `IF`, whose connections are encrypted on the other one")
+	fs.Var(&s.bypass, "bypass", "what a gateway does when the daemon has ended or died: forward what is not encrypted, until the next start or --cleanup, or block everything")
 	fs.Var(&s.mode, "mode", "how packets are received; all but auto fail when it cannot be had")
 	fs.Var(&s.queues, "queues", "receive queues of the interface, like 0-3,5, in the order in which workers take them (default all)")
 	fs.IntVar(&s.workers, "workers", 0, "threads that carry packets (default one for each queue, as far as there are CPU cores)")
@@ -124,10 +127,6 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.Var(&s.logFormat, "log-format", "format of the log on stderr")
 	fs.DurationVar(&s.drain, "drain-timeout", fastpath.DefaultDrain, "how long encrypted connections may take to finish after SIGTERM")
 	fs.Lookup("numa").DefValue = "" // -1 means nothing to a user
-	// The flag is known so that it can be refused with its own reason.
-	if err := fs.MarkHidden("inner-interface"); err != nil {
-		panic(err)
-	}
 	return fs
 }
 
@@ -152,8 +151,10 @@ func useEngine(name string) error {
 // check finds what no single flag can.
 func (s *settings) check() error {
 	switch {
-	case s.inner != "":
-		return errors.New("inner-interface: gateway mode is not in this version")
+	case s.inner != "" && s.inner == s.iface:
+		return fmt.Errorf("inner-interface: %s is the outer one already", s.inner)
+	case s.inner != "" && s.keepGuard:
+		return errors.New("keep-guard is not for a gateway: --bypass says what it does without the daemon")
 	case s.iface == "":
 		return errors.New("interface is not set: give --interface, or the key interface in the --config file")
 	case s.control == "":
@@ -191,6 +192,8 @@ func (s *settings) requires() bool {
 func (s *settings) hostConfig(log *slog.Logger) fastpath.HostConfig {
 	return fastpath.HostConfig{
 		Interface: s.iface,
+		Inner:     s.inner,
+		Block:     s.bypass.value == "block",
 		Mode:      s.mode.value,
 		Queues:    s.queues.items,
 		Workers:   s.workers,

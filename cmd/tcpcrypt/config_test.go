@@ -254,7 +254,9 @@ func TestConfigErrors(t *testing.T) {
 		{"[[rule]]\nrole = 'b'", `rule 1: role: "b" is not one of A, B`},
 		{"[[rule]]\nresume = 'no'", `rule`},
 		{"interface = 'eth0'\ncontrol = ''", `control is empty`},
-		{"interface = 'eth0'\ninner-interface = 'eth1'", `inner-interface: gateway mode is not in this version`},
+		{"interface = 'eth0'\ninner-interface = 'eth0'", `inner-interface: eth0 is the outer one already`},
+		{"interface = 'eth0'\ninner-interface = 'eth1'\nkeep-guard = true", `keep-guard is not for a gateway: --bypass says what it does without the daemon`},
+		{"interface = 'eth0'\nbypass = 'drop'", `bypass: "drop" is not one of forward, block`},
 	} {
 		_, err := load(t, test.text)
 		if err == nil {

@@ -172,7 +172,7 @@ func (h *fakeHost) Status() fastpath.Status {
 	defer h.mu.Unlock()
 	return fastpath.Status{
 		Interface: h.cfg.Interface, Driver: "veth", MTU: 1500, Inner: "tcpcrypt0", Mode: "copy",
-		Queues: []fastpath.QueueStatus{{CPU: -1, Mode: "copy", Refused: "zerocopy: not supported", Checksum: "software", Received: 7, Transmitted: 8, HandedOver: 5}, {Queue: 1, Worker: 1, CPU: 1, Mode: "copy", Checksum: "software"}},
+		Queues: []fastpath.QueueStatus{{Interface: "fake0", CPU: -1, Mode: "copy", Refused: "zerocopy: not supported", Checksum: "software", Received: 7, Transmitted: 8, HandedOver: 5}, {Interface: "fake0", Queue: 1, Worker: 1, CPU: 1, Mode: "copy", Checksum: "software"}},
 		Workers: []fastpath.WorkerStatus{
 			{CPU: -1, Queues: []int{0}, Flows: 2, HandedOver: 6}, {Worker: 1, CPU: 1, Queues: []int{1}, HalfOpen: 1, Received: 6},
 		},

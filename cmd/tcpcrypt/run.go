@@ -26,7 +26,7 @@ func newRunCommand(start startFunc) *cobra.Command {
 		Use:   "run --interface IF",
 		Short: "Run the daemon in the foreground",
 		Long: `Run encrypts the TCP connections of this host that go through one network
-interface. It stays in the foreground, logs to stderr, and logs "ready" once
+interface or, with --inner-interface, those of the hosts behind another one. It stays in the foreground, logs to stderr, and logs "ready" once
 everything is attached. SIGTERM or SIGINT makes it wait for encrypted
 connections to finish (--drain-timeout), abort the rest, and detach
 everything; a second signal aborts them at once.
@@ -47,7 +47,7 @@ The file may also have rules, which no flag can express.`,
 				return err
 			}
 			if clean {
-				return cleanup(s.iface, s.guardPins, cmd.OutOrStdout())
+				return cleanup(s.iface, s.inner, s.guardPins, cmd.OutOrStdout())
 			}
 			return runDaemon(cmd.Context(), s, start, cmd.ErrOrStderr())
 		},
@@ -59,8 +59,20 @@ The file may also have rules, which no flag can express.`,
 	return cmd
 }
 
-// cleanup removes what a daemon left on the interface.
-func cleanup(iface, pins string, w io.Writer) error {
+// cleanup removes what a daemon left on the interface, or on both of a gateway.
+func cleanup(iface, inner, pins string, w io.Writer) error {
+	if inner != "" {
+		switch found, err := fastpath.CleanupGateway(iface, inner); {
+		case err != nil:
+			return failure{err}
+		case found:
+			_, err = fmt.Fprintf(w, "the bypass between %s and %s is removed\n", iface, inner)
+			return outputError(err)
+		default:
+			_, err = fmt.Fprintf(w, "nothing is left on %s and %s\n", iface, inner)
+			return outputError(err)
+		}
+	}
 	found, ended, err := fastpath.Cleanup(iface, pins)
 	switch {
 	case err != nil:
@@ -190,7 +202,7 @@ func logReady(log *slog.Logger, st fastpath.Status, control string) {
 		"mode", st.Mode,
 		"queues", queueModes(st.Queues),
 		"workers", len(st.Workers),
-		"tap", st.Inner,
+		"inner", st.Inner,
 		"guard", st.Guard,
 		"engine", st.Engine,
 		"control", control,
@@ -204,7 +216,7 @@ type queueModes []fastpath.QueueStatus
 func (q queueModes) String() string {
 	texts := make([]string, len(q))
 	for i, s := range q {
-		texts[i] = fmt.Sprintf("%d:%s", s.Queue, s.Mode)
+		texts[i] = fmt.Sprintf("%s/%d:%s", s.Interface, s.Queue, s.Mode)
 		if s.Refused != "" {
 			texts[i] += " (" + s.Refused + ")"
 		}

@@ -7,32 +7,9 @@
  *   wire -> host_xdp -> AF_XDP -> process -> TAP -> tap_ingress -> NIC ingress
  *   stack -> nic_egress -> TAP -> process -> AF_XDP -> wire
  */
-#include "policy.h"
+#include "divert.h"
 
 #define TCX_NEXT TC_ACT_UNSPEC
-#define TCPOPT_EOL 0
-#define TCPOPT_NOP 1
-#define TCPOPT_ENO 69
-
-#define MAX_FLOWS 262144
-#define MAX_QUEUES 1024
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_FLOWS);
-	__type(key, struct flow_key);
-	__type(value, __u32); /* 0, or number of the TAP queue and 1 */
-} flows SEC(".maps");
-
-/* Address pairs that have flows; user space counts the flows of each. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_FLOWS);
-	__type(key, struct pair_key);
-	__type(value, __u32);
-} pairs SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_XSKMAP);
@@ -40,21 +17,6 @@ struct {
 	__type(key, __u32);
 	__type(value, __u32);
 } xsks SEC(".maps");
-
-enum control {
-	CONTROL_ENABLED, /* SYNs are diverted */
-	CONTROL_GENERIC, /* XDP is generic: injected packets meet it again */
-	CONTROL_BEAT,	 /* CLOCK_MONOTONIC in ns when the process last showed life */
-	CONTROL_SHED,	 /* SYNs from the wire are not taken: too many flows are half-open */
-	CONTROL_MAX,
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, CONTROL_MAX);
-	__type(key, __u32);
-	__type(value, __u64);
-} control SEC(".maps");
 
 /* The order is that of hostCounters in Go. */
 enum counter {
@@ -100,7 +62,6 @@ struct {
 const volatile __u32 nic_ifindex;
 const volatile __u32 tap_ifindex;
 const volatile __u32 mark;		/* on injected packets, never 0 */
-const volatile __u64 heartbeat_timeout; /* ns, 0: no heartbeat */
 const volatile __u32 inject_mac_high;	/* the first four bytes, as loaded */
 const volatile __u16 inject_mac_low;	/* the last two */
 
@@ -110,73 +71,6 @@ static __always_inline void count(__u32 counter)
 
 	if (value)
 		*value += 1;
-}
-
-static __always_inline __u64 control_value(__u32 key)
-{
-	__u64 *value = bpf_map_lookup_elem(&control, &key);
-
-	return value ? *value : 0;
-}
-
-/* The process hangs: it would take packets and never give them back. */
-static __always_inline bool stale(void)
-{
-	if (!heartbeat_timeout)
-		return false;
-	/* Signed, as the coarse clock lags behind the one that was written. */
-	return (__s64)(bpf_ktime_get_coarse_ns() - control_value(CONTROL_BEAT)) > (__s64)heartbeat_timeout;
-}
-
-/* TCP-ENO is RFC 8547, section 4.1: an option of kind 69. */
-__noinline int has_eno(struct xdp_md *ctx, __u32 tcp, __u32 header)
-{
-	/* Larger than 40, so that a masked index is inside. */
-	__u8 options[64] = {};
-	__u32 length = header - TCP_HEADER;
-	__u32 at = 0;
-
-	if (length < 2 || length > TCP_MAX_OPTIONS)
-		return false;
-	if (bpf_xdp_load_bytes(ctx, tcp + TCP_HEADER, options, length))
-		return false;
-	for (int i = 0; i < TCP_MAX_OPTIONS; i++) {
-		__u8 kind, size;
-
-		if (at + 1 >= length)
-			return false;
-		kind = options[at & 63];
-		if (kind == TCPOPT_EOL)
-			return false;
-		if (kind == TCPOPT_NOP) {
-			at++;
-			continue;
-		}
-		size = options[(at + 1) & 63];
-		if (size < 2 || at + size > length)
-			return false;
-		if (kind == TCPOPT_ENO)
-			return true;
-		at += size;
-	}
-	return false;
-}
-
-/* A SYN from the wire is for the process if it offers encryption that is wanted,
- * and if it is to be refused. One with data that must be discarded is, whatever
- * the policy says (RFC 8547, section 4.7). */
-static __always_inline bool concerns(struct xdp_md *ctx, const struct packet *p, __u32 size)
-{
-	int v;
-
-	if (!control_value(CONTROL_ENABLED))
-		return false;
-	v = verdict(&p->key);
-	if (v == VERDICT_REQUIRE)
-		return true;
-	if (v == VERDICT_PLAIN && p->tcp + p->header >= size)
-		return false;
-	return has_eno(ctx, p->tcp, p->header);
 }
 
 /* A segment of a listed flow never reaches the stack: what cannot be
