@@ -47,8 +47,8 @@ single ratios say little.
 
 ## Random loss, longer transfers
 
-A link of 200 Mb/s with a round trip of %v, %d MiB one way, the same pattern of
-losses for both connections of a rotation, in both directions; medians.
+A link of 200 Mb/s with a round trip of %v, %d MiB one way
+(half of that at 5 %%), the same pattern of losses for both connections of a rotation, in both directions; medians.
 
 | congestion control | loss | plain Mb/s | encrypted Mb/s | ratio, median | ratios |
 |---|---|---|---|---|---|

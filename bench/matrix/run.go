@@ -15,7 +15,7 @@ import (
 // Of the comparison under random loss.
 const (
 	LossRTT       = 4 * time.Millisecond
-	LossSize      = 3 << 20
+	LossSize      = 3 << 20 // bytes; half of that above 2 % loss
 	LossRotations = 5
 )
 
@@ -85,13 +85,17 @@ func (p *Pair) Loss(ctx context.Context, cc string, drop, least float64, log fun
 	row := LossRow{CC: cc, Drop: drop}
 	var mbps [2][]float64
 	c := Cell{CC: cc, MTU: 1500}
+	size := LossSize
+	if drop > 0.02 {
+		size /= 2
+	}
 	for i := range 3 * LossRotations {
 		if i > 0 && i%LossRotations == 0 && Median(slices.Sorted(slices.Values(row.Ratios))) >= least {
 			break
 		}
 		im := lab.Impair{Seed: uint64(i + 1), Drop: drop, Rate: 200e6, Delay: LossRTT / 2, QueueBytes: 256 << 10}
 		for k, r := range []*Rig{p.Plain, p.Encrypted} {
-			t, err := r.Run(ctx, c, im, LossSize)
+			t, err := r.Run(ctx, c, im, size)
 			if err != nil {
 				return row, err
 			}
