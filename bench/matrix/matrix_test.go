@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -42,10 +43,12 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
+	load, _ := os.ReadFile("/proc/loadavg")
 	code := m.Run()
 	os.RemoveAll(dir)
 	if *table != "" {
-		if err := writeTable(*table); err != nil {
+		one, _, _ := strings.Cut(string(load), " ")
+		if err := writeTable(*table, one); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -166,13 +169,13 @@ func TestMatrix(t *testing.T) {
 	}
 }
 
-// writeTable writes what the tests measured.
-func writeTable(file string) error {
+// writeTable writes what the tests measured; load is the machine's before them.
+func writeTable(file, load string) error {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return err
 	}
-	machine := fmt.Sprintf("Linux %s, %d CPUs, %s", unix.ByteSliceToString(u.Release[:]), runtime.NumCPU(), runtime.Version())
+	machine := fmt.Sprintf("Linux %s, %d CPUs, load average %s before it began, %s", unix.ByteSliceToString(u.Release[:]), runtime.NumCPU(), load, runtime.Version())
 	var b bytes.Buffer
 	if err := WriteTables(&b, machine, "make test-matrix", results.rows, results.loss); err != nil {
 		return err
