@@ -178,11 +178,11 @@ func OpenGuard(cfg GuardConfig) (_ *Guard, leftovers [][KeySize]byte, err error)
 	return g, leftovers, nil
 }
 
-// newTag returns the tag of injected packets, never 0.
+// newTag returns the tag of injected packets, even and never 0.
 func newTag() uint16 {
 	var b [2]byte
 	rand.Read(b[:])
-	return max(1, binary.NativeEndian.Uint16(b[:]))
+	return max(2, binary.NativeEndian.Uint16(b[:])&^1)
 }
 
 // find looks the interface up.

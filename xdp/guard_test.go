@@ -362,7 +362,7 @@ func TestGuardVerdicts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const mark, tag = 0x7654321, 0x4321
+	const mark, tag = 0x7654321, 0x4320
 	if err := errors.Join(spec.Variables["mark"].Set(uint32(mark)), spec.Variables["tag"].Set(uint16(tag))); err != nil {
 		t.Fatal(err)
 	}

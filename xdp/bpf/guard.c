@@ -48,11 +48,13 @@ static __noinline int walk(struct __sk_buff *skb, struct packet *p, bool outboun
 	return KIND_OTHER;
 }
 
-static __always_inline enum listed judge(struct __sk_buff *skb, struct packet *p, bool outbound)
+/* *whole tells that nothing wraps the segment. */
+static __always_inline enum listed judge(struct __sk_buff *skb, struct packet *p, bool outbound, bool *whole)
 {
 	int kind = parse_skb(skb, p, outbound);
 	enum listed listed;
 
+	*whole = kind == KIND_TCP;
 	if (kind == KIND_EXTENSION || kind == KIND_STACKED) {
 		p->tcp = 0;
 		kind = walk(skb, p, outbound);
@@ -160,6 +162,7 @@ SEC("tc")
 int guard_ingress(struct __sk_buff *skb)
 {
 	struct packet p = {};
+	bool whole;
 
 	if (skb->mark == mark) {
 		/* It has served: routing rules and other programs shall not
@@ -169,7 +172,7 @@ int guard_ingress(struct __sk_buff *skb)
 		count(INGRESS_COUNT_INJECTED);
 		return TC_ACT_UNSPEC;
 	}
-	switch (judge(skb, &p, false)) {
+	switch (judge(skb, &p, false, &whole)) {
 	case REFUSED:
 		count(INGRESS_COUNT_REFUSED);
 		return refuse(skb, &p, false);
@@ -183,6 +186,9 @@ int guard_ingress(struct __sk_buff *skb)
 		count(INGRESS_COUNT_ICMP);
 		return TC_ACT_SHOT;
 	case UNLISTED:
+		/* Not what may be unwrapped later: that would inherit it. */
+		if (whole && !skb->tc_index)
+			skb->tc_index = tag | TAG_JUDGED;
 		break;
 	}
 	return TC_ACT_UNSPEC;
@@ -193,12 +199,13 @@ SEC("tc")
 int guard_egress(struct __sk_buff *skb)
 {
 	struct packet p = {};
+	bool whole;
 
 	if (skb->tc_index == tag) { /* forwarded instead of received */
 		count(EGRESS_COUNT_INJECTED);
 		return TC_ACT_SHOT;
 	}
-	switch (judge(skb, &p, true)) {
+	switch (judge(skb, &p, true, &whole)) {
 	case REFUSED:
 		count(EGRESS_COUNT_REFUSED);
 		return refuse(skb, &p, true);

@@ -73,10 +73,18 @@ struct {
 	__type(value, __u64);
 } guard_counters SEC(".maps");
 
-/* Set before loading, never 0: skb->tc_index of what the process injected, from
- * the card's ingress on. No socket option, routing rule or firewall can set or
- * see it, unlike the mark. */
+/* Set before loading, even and never 0: skb->tc_index of what the process
+ * injected, from the card's ingress on, and with the lowest bit that of segments
+ * which were judged there and are not listed. No socket option, routing rule or
+ * firewall can set or see it, unlike the mark. */
 const volatile __u16 tag;
+
+#define TAG_JUDGED 1
+
+static __always_inline bool is_passed(__u32 tc_index)
+{
+	return (tc_index & ~TAG_JUDGED) == tag;
+}
 
 static __always_inline void count(__u32 counter)
 {

@@ -61,7 +61,7 @@ static __always_inline int socket_in(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk;
 	struct packet p = {};
 
-	if (skb->tc_index == tag)
+	if (is_passed(skb->tc_index))
 		return PASS;
 	if (!sk)
 		return PASS;

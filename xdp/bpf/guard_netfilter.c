@@ -52,7 +52,7 @@ static __always_inline enum listed judge(struct bpf_nf_ctx *ctx, bool outbound)
 SEC("netfilter")
 int guard_local_in(struct bpf_nf_ctx *ctx)
 {
-	if (ctx->skb->tc_index == tag)
+	if (is_passed(ctx->skb->tc_index))
 		return NF_ACCEPT;
 	switch (judge(ctx, false)) {
 	case LISTED_FLOW:
