@@ -457,14 +457,22 @@ func (o *oldGateway) adopt(program *ebpf.Program) (ours bool, err error) {
 	return true, nil
 }
 
-// beats reports whether the process of a control map has shown life.
+// beatWait is several times as long as a process waits between two beats.
+const beatWait = 500 * time.Millisecond
+
+// beats reports whether the process of a control map shows life: one that was
+// killed a moment ago does not any more.
 func beats(control *ebpf.Map) bool {
-	var at uint64
-	var now unix.Timespec
-	if control.Lookup(uint32(controlBeat), &at) != nil || unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) != nil {
+	var first, at uint64
+	if control.Lookup(uint32(controlBeat), &first) != nil || first == 0 {
 		return false
 	}
-	return uint64(now.Nano())-at < uint64(time.Second)
+	for end := time.Now().Add(beatWait); time.Now().Before(end); time.Sleep(beatWait / 20) {
+		if control.Lookup(uint32(controlBeat), &at) == nil && at != first {
+			return true
+		}
+	}
+	return false
 }
 
 func (o *oldGateway) detach(side Side) {

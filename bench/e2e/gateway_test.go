@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
@@ -120,6 +123,19 @@ func (g *gatewayBed) cable(k int) {
 	}
 }
 
+// unreachable demands that host A cannot connect to host B.
+func (g *gatewayBed) unreachable() {
+	g.t.Helper()
+	ln := g.echo()
+	defer ln.Close()
+	ctx, cancel := context.WithTimeout(g.ctx, 1500*time.Millisecond)
+	defer cancel()
+	if c, err := g.path.A.NS.Dial(ctx, "tcp", ln.Addr().String()); err == nil {
+		c.Close()
+		g.t.Error("there is still a way through")
+	}
+}
+
 // gatewayIdle counts what came to a gateway's daemon.
 func gatewayIdle(c map[string]uint64) string {
 	if n := c["to_slow_path"] + c["outer_packets"] + c["inner_packets"]; n > 40 {
@@ -147,4 +163,107 @@ func TestGatewayPlain(t *testing.T) {
 	if err := a.Stop(); err != nil {
 		t.Error(err)
 	}
+}
+
+// A gateway works with a host that runs the daemon itself, whoever opens.
+func TestGatewayAndHost(t *testing.T) {
+	for _, active := range []string{"host", "gateway"} {
+		t.Run(active+" opens", func(t *testing.T) {
+			g := newGatewayBed(t)
+			k := 0 // the gateway is before host A, who opens
+			host := g.path.B
+			if active == "host" {
+				k, host = 1, g.path.A
+			}
+			g.cable(1 - k)
+			gw, d := g.gateway(k), g.daemon(host)
+			err := g.exchange(false, stream(1, 4<<20), stream(2, 4<<20), func() {
+				if a, b := g.flow(gw), g.flow(d); a.SessionID != b.SessionID {
+					t.Errorf("session IDs %q and %q", a.SessionID, b.SessionID)
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if plain, _ := g.wire.seen(); plain != 0 {
+				t.Errorf("%d segments with plaintext on the wire", plain)
+			}
+			if err := errors.Join(gw.Stop(), d.Stop()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// A killed gateway forwards what is not encrypted, and nothing of what was; the
+// one that is started next resets those connections. With --bypass block nothing
+// passes any more.
+func TestGatewayBypass(t *testing.T) {
+	t.Run("forward", func(t *testing.T) {
+		g := newGatewayBed(t)
+		a, z := g.gateway(0), g.gateway(1)
+		client, server, err := g.connect(false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		defer server.Close()
+		g.flow(a)
+		if err := a.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		if err := g.exchange(false, stream(1, 1<<20), stream(2, 1<<20), nil); err != nil {
+			t.Fatalf("a new connection past the dead gateway: %v", err)
+		}
+		before, _ := g.wire.seen()
+		if before == 0 {
+			t.Error("the new connection was not plain")
+		}
+		if _, err := client.Write(stream(3, 4000)); err != nil {
+			t.Fatal(err)
+		}
+		resent := g.resends(g.path.A.NS)
+		g.eventually("the old connection goes on trying", func() (string, bool) {
+			return "nothing of it was sent again", g.resends(g.path.A.NS) > resent+1
+		})
+		if after, _ := g.wire.seen(); after != before {
+			t.Errorf("%d segments of the old connection passed in plaintext", after-before)
+		}
+		a = g.gateway(0)
+		if st, err := a.Status(g.ctx); err != nil || st.Ended != 1 {
+			t.Errorf("status %+v, %v; one connection was left over", st, err)
+		}
+		if _, err := client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("the old connection ends with %v", err)
+		}
+		if err := g.exchange(false, stream(1, 1<<20), stream(2, 1<<20), func() { g.flow(a) }); err != nil {
+			t.Error(err)
+		}
+		if err := errors.Join(a.Stop(), z.Stop()); err != nil {
+			t.Error(err)
+		}
+		// Stopped in order, it forwards on, until it is told not to.
+		if err := g.exchange(false, stream(1, 1000), stream(2, 1000), nil); err != nil {
+			t.Errorf("past gateways that ended: %v", err)
+		}
+		for k := range g.outer {
+			out, err := g.outer[k].NS.Command(g.ctx, program, "run", "--cleanup", "--interface", g.outer[k].Name, "--inner-interface", g.inner[k].Name).CombinedOutput()
+			if err != nil || !strings.Contains(string(out), "the bypass between eth0 and eth1 is removed") {
+				t.Errorf("cleanup: %v\n%s", err, out)
+			}
+		}
+		g.unreachable()
+	})
+	t.Run("block", func(t *testing.T) {
+		g := newGatewayBed(t)
+		g.cable(1)
+		a := g.gateway(0, "--bypass", "block")
+		if err := g.exchange(false, stream(1, 1000), stream(2, 1000), nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		g.unreachable()
+	})
 }
