@@ -6,9 +6,11 @@ package bench
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 )
 
@@ -85,7 +87,7 @@ func (r *MicroRow) benchmark() (string, []figure) {
 }
 
 func (r *PipelineRow) benchmark() (string, []figure) {
-	return fmt.Sprintf("Pipeline/%s/payload=%d/flows=%d/workers=%d/engine=%s", r.Direction, r.Payload, r.Flows, r.Workers, r.Engine),
+	return fmt.Sprintf("Pipeline/%s/payload=%s/flows=%d/burst=%d/workers=%d/engine=%s", r.Direction, cmp.Or(r.Mix, strconv.Itoa(r.Payload)), r.Flows, r.Burst, r.Workers, r.Engine),
 		[]figure{{r.NsPer, "ns/packet"}, {r.AEADNs, "aead-ns/packet"}, {r.Gbps, "Gb/s"}, {r.Allocs, "allocs/packet"}}
 }
 

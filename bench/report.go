@@ -123,7 +123,7 @@ func pipelineCharts(rows []PipelineRow) []chart {
 			if r.Direction != dir {
 				continue
 			}
-			label := fmt.Sprintf("%d B, %d flows, %d workers, %s", r.Payload, r.Flows, r.Workers, r.Engine)
+			label := fmt.Sprintf("%d B, %d flows, bursts of %d, %d workers, %s", r.Payload, r.Flows, r.Burst, r.Workers, r.Engine)
 			ns.Bars = append(ns.Bars, bar{Label: label, Value: r.NsPer}, bar{Label: "AEAD", Value: r.AEADNs, Group: 1})
 			gb.Bars = append(gb.Bars, bar{Label: label, Value: r.Gbps})
 		}

@@ -1,10 +1,20 @@
 package fastpath
 
-import "github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
+// This file uses unsafe for the address of memory, see adviseHuge.
+
+import (
+	"unsafe"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
+)
 
 const (
-	slabSize = 16 << 10 // holds several frames of any size a segment can carry
-	bigSize  = 3 + 65535
+	slabSize  = 16 << 10 // holds several frames of any size a segment can carry
+	smallSize = 2 << 10  // one frame of a flow that has no other
+	bigSize   = 3 + 65535
+
+	// slabGap keeps slabs from beginning at the same place of the cache.
+	slabGap = 3 * cacheLine
 )
 
 // Where the bytes of a retained frame or a piece of custody live.
@@ -29,16 +39,20 @@ type slab struct {
 // buffers is a worker's memory for what must outlive a packet vector: slabs on
 // the heap, and counted holds on RX chunks. Only the worker touches it.
 type buffers struct {
-	umem    *xdp.Umem
-	holds   []uint16 // per chunk
-	shift   uint
-	held    int // chunks with holds
-	maxHeld int // above this, custody moves to slabs
-	slabs   []slab
-	free    []uint32 // slabs of slabSize without refs
-	freeBig []uint32 // slabs of bigSize without refs
-	used    int      // bytes of all slabs with refs
-	budget  int      // most bytes of slabs
+	umem      *xdp.Umem
+	holds     []uint16 // per chunk
+	shift     uint
+	held      int // chunks with holds
+	maxHeld   int // above this, custody moves to slabs
+	slabs     []slab
+	free      []uint32 // slabs of slabSize without refs
+	freeBig   []uint32 // slabs of bigSize without refs
+	freeSmall []uint32 // slabs of smallSize without refs
+	used      int      // bytes of all slabs with refs
+	budget    int      // most bytes of slabs
+
+	area     []byte // not yet cut
+	areaSize int    // of the last area
 }
 
 func newBuffers(u *xdp.Umem, budget int) *buffers {
@@ -63,19 +77,17 @@ func (b *buffers) hold(addr uint64) ref {
 // crowded reports whether too many RX chunks are held to hold another for long.
 func (b *buffers) crowded() bool { return b.held > b.maxHeld }
 
-// alloc takes n bytes, at most bigSize, from a slab of its own size class. With
-// cur it continues the slab that *cur names (index plus one), so that a flow's
-// bytes lie together; a slab is recycled when all its refs are gone. It fails
-// when the budget is used up.
-func (b *buffers) alloc(n int, cur *uint32) (mem []byte, r ref, off uint32, ok bool) {
-	if n > slabSize {
-		i, ok := b.take(&b.freeBig, bigSize)
-		if !ok {
-			return nil, ref{}, 0, false
-		}
-		s := &b.slabs[i]
-		s.used, s.refs = bigSize, 1
-		return s.mem[:n:n], ref{refSlab, i}, 0, true
+// alloc takes n bytes, at most bigSize, from a slab. With cur it continues the
+// slab that *cur names (index plus one), so that a flow's bytes lie together; a
+// flow that has no other bytes, lone, gets a small slab, and many bytes get one of
+// their own. A slab is recycled when all its refs are gone. It fails when the
+// budget is used up.
+func (b *buffers) alloc(n int, cur *uint32, lone bool) (mem []byte, r ref, off uint32, ok bool) {
+	switch {
+	case n > slabSize:
+		return b.whole(n, &b.freeBig, bigSize)
+	case lone && *cur == 0 && n <= smallSize:
+		return b.whole(n, &b.freeSmall, smallSize)
 	}
 	if *cur != 0 {
 		if s := &b.slabs[*cur-1]; s.used+n <= slabSize {
@@ -94,6 +106,17 @@ func (b *buffers) alloc(n int, cur *uint32) (mem []byte, r ref, off uint32, ok b
 	// One ref for the caller's bytes and one for cur, which may hand out more.
 	s.used, s.refs = n, 2
 	*cur = i + 1
+	return s.mem[:n:n], ref{refSlab, i}, 0, true
+}
+
+// whole takes n bytes from a slab that is for them alone.
+func (b *buffers) whole(n int, list *[]uint32, size int) (mem []byte, r ref, off uint32, ok bool) {
+	i, ok := b.take(list, size)
+	if !ok {
+		return nil, ref{}, 0, false
+	}
+	s := &b.slabs[i]
+	s.used, s.refs = size, 1
 	return s.mem[:n:n], ref{refSlab, i}, 0, true
 }
 
@@ -116,8 +139,20 @@ func (b *buffers) take(list *[]uint32, size int) (uint32, bool) {
 		*list = (*list)[:n-1]
 		return i, true
 	}
-	b.slabs = append(b.slabs, slab{mem: make([]byte, size)})
+	b.slabs = append(b.slabs, slab{mem: b.grow(size)})
 	return uint32(len(b.slabs) - 1), true
+}
+
+// grow returns memory of the given size, from areas as flowPool has them.
+func (b *buffers) grow(size int) []byte {
+	if len(b.area) < size+slabGap {
+		b.areaSize = min(max(2*b.areaSize, 8*slabSize), maxArea)
+		b.area = make([]byte, b.areaSize)
+		adviseHuge(unsafe.Pointer(unsafe.SliceData(b.area)), b.areaSize)
+	}
+	mem := b.area[:size:size]
+	b.area = b.area[size+slabGap:]
+	return mem
 }
 
 // release ends one hold.
@@ -134,9 +169,12 @@ func (b *buffers) release(r ref) {
 		s.refs--
 		if s.refs == 0 {
 			b.used -= len(s.mem)
-			if len(s.mem) == slabSize {
+			switch len(s.mem) {
+			case slabSize:
 				b.free = append(b.free, r.idx)
-			} else {
+			case smallSize:
+				b.freeSmall = append(b.freeSmall, r.idx)
+			default:
 				b.freeBig = append(b.freeBig, r.idx)
 			}
 		}

@@ -3,6 +3,7 @@ package fastpath
 import (
 	"encoding/binary"
 	"time"
+	"unsafe" // for addresses to prefetch
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
@@ -162,6 +163,7 @@ type Engine struct {
 	umem   *xdp.Umem
 	buf    *buffers
 	tab    *table
+	pool   flowPool
 	timers timerHeap
 	now    time.Duration
 	st     EngineStats
@@ -170,7 +172,7 @@ type Engine struct {
 	open     []crypto.OpenOp
 	openMeta []openMeta
 	seal     []crypto.SealOp
-	seg      packet.Segment
+	group    [groupSize]grouped
 	opts     [packet.MaxOptions]byte
 	sackOpt  [packet.MaxOptions]byte
 
@@ -382,14 +384,15 @@ func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
 	if old := e.tab.find(&est.Key); old != nil {
 		e.forget(old, false)
 	}
-	f := newFlow(est, now)
+	f := e.pool.get()
+	f.init(est, now)
 	f.keyFrames = f.aead.RekeyFrames()
 	if e.cfg.RekeyFrames != 0 {
 		f.keyFrames = min(f.keyFrames, e.cfg.RekeyFrames)
 	}
 	e.tab.insert(f)
 	if n := len(est.TxInit); n > 0 {
-		mem, r, off, ok := e.buf.alloc(n, &f.txSlab)
+		mem, r, off, ok := e.buf.alloc(n, &f.txSlab, true)
 		if !ok {
 			e.abort(f, slowpath.ReasonLimit)
 			return
@@ -414,14 +417,70 @@ func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
 	e.flush()
 }
 
+// groupSize is the number of packets that are parsed and looked up before they
+// are worked on: enough for what each needs to come from memory meanwhile.
+const groupSize = 16
+
+// grouped is a packet of a group: parsed, and with the flow that it may be of.
+type grouped struct {
+	seg  packet.Segment
+	err  error
+	hash uint64
+	flow *flow // a guess, which may be wrong or out of date
+}
+
+// lookUp begins the look-up of parsed packets: first all slots of the table are
+// fetched, then all flows.
+func (e *Engine) lookUp(g []grouped) {
+	for i := range g {
+		if g[i].err == nil {
+			g[i].hash = e.tab.hash(&g[i].seg.Key)
+			e.tab.prefetch(g[i].hash)
+		}
+	}
+	for i := range g {
+		g[i].flow = nil
+		if g[i].err == nil {
+			if f := e.tab.guess(g[i].hash); f != nil {
+				f.prefetch()
+				g[i].flow = f
+			}
+		}
+	}
+}
+
+// parseChunks parses the packets in the first chunks of v and looks them up.
+func (e *Engine) parseChunks(g []grouped, v []xdp.Desc, dir packet.Direction) {
+	for i := range g {
+		prefetch(unsafe.Pointer(unsafe.SliceData(e.umem.Bytes(v[i].Addr, int(v[i].Len)))), 2)
+	}
+	for i := range g {
+		g[i].err = packet.Parse(e.umem.Bytes(v[i].Addr, int(v[i].Len)), dir, &g[i].seg)
+	}
+	e.lookUp(g)
+}
+
+// found ends the look-up of a packet.
+func (e *Engine) found(p *grouped) *flow {
+	if f := p.flow; f != nil && !f.gone && f.key == p.seg.Key {
+		return f
+	}
+	return e.tab.findHash(&p.seg.Key, p.hash)
+}
+
 // OuterIn works on a vector of frames from the wire. It takes over their chunks.
 func (e *Engine) OuterIn(v []xdp.Desc, now time.Duration) {
 	e.now = now
-	for i := range v {
-		d := &v[i]
-		r := e.buf.hold(d.Addr)
-		e.outerFrame(e.umem.Bytes(d.Addr, int(d.Len)), r, uint32(d.Addr&uint64(e.umem.ChunkSize()-1)))
-		e.buf.release(r)
+	for len(v) > 0 {
+		g := e.group[:min(len(v), groupSize)]
+		e.parseChunks(g, v, packet.FromOuter)
+		for i := range g {
+			d := &v[i]
+			r := e.buf.hold(d.Addr)
+			e.outerPacket(&g[i], e.umem.Bytes(d.Addr, int(d.Len)), r, uint32(d.Addr&uint64(e.umem.ChunkSize()-1)))
+			e.buf.release(r)
+		}
+		v = v[len(g):]
 	}
 	e.flush()
 }
@@ -430,19 +489,22 @@ func (e *Engine) OuterIn(v []xdp.Desc, now time.Duration) {
 // such as a packet of several buffers. The frame is not used after the call.
 func (e *Engine) OuterFrame(frame []byte, now time.Duration) {
 	e.now = now
-	e.outerFrame(frame, ref{}, 0)
+	g := e.group[:1]
+	g[0].err = packet.Parse(frame, packet.FromOuter, &g[0].seg)
+	e.lookUp(g)
+	e.outerPacket(&g[0], frame, ref{}, 0)
 	e.flush()
 }
 
-func (e *Engine) outerFrame(frame []byte, r ref, off uint32) {
-	s := &e.seg
-	if err := packet.Parse(frame, packet.FromOuter, s); err != nil {
-		if err != packet.ErrNotTCP || !e.outerICMP(frame) {
+func (e *Engine) outerPacket(p *grouped, frame []byte, r ref, off uint32) {
+	s := &p.seg
+	if p.err != nil {
+		if p.err != packet.ErrNotTCP || !e.outerICMP(frame) {
 			e.st.Malformed++
 		}
 		return
 	}
-	f := e.tab.find(&s.Key)
+	f := e.found(p)
 	if f == nil && e.elsewhere(packet.FromOuter, &s.Key, frame) {
 		return
 	}
@@ -687,6 +749,7 @@ func (e *Engine) forget(f *flow, destroy bool) {
 	e.lingering--
 	e.timers.remove(f)
 	e.tab.remove(f)
+	e.pool.retire(f)
 	e.events = append(e.events, Event{Kind: FlowGone, Key: f.key, Destroy: destroy})
 }
 
@@ -715,28 +778,49 @@ func (e *Engine) outerLate(f *flow, s *packet.Segment) {
 // the frame, which may be a super-segment. buf is scratch: its bytes are
 // overwritten, and are not used after Flush.
 func (e *Engine) InnerIn(buf []byte, now time.Duration) {
+	one := [1][]byte{buf}
+	e.InnerVec(one[:], now)
+}
+
+// InnerVec is InnerIn for a vector of packets.
+func (e *Engine) InnerVec(bufs [][]byte, now time.Duration) {
 	e.now = now
-	if len(buf) < xdp.VnetHdrLen {
-		return
+	for len(bufs) > 0 {
+		g := e.group[:min(len(bufs), groupSize)]
+		for i := range g {
+			if len(bufs[i]) < xdp.VnetHdrLen {
+				g[i].err = packet.ErrTruncated
+				continue
+			}
+			g[i].err = packet.Parse(bufs[i][xdp.VnetHdrLen:], packet.FromInner, &g[i].seg)
+		}
+		e.lookUp(g)
+		for i := range g {
+			if g[i].err != nil {
+				e.st.Malformed++
+				continue
+			}
+			e.innerPacket(&g[i], bufs[i])
+		}
+		bufs = bufs[len(g):]
 	}
+}
+
+func (e *Engine) innerPacket(p *grouped, buf []byte) {
 	v := xdp.ParseVnetHdr(buf)
 	frame := buf[xdp.VnetHdrLen:]
-	s := &e.seg
-	if err := packet.Parse(frame, packet.FromInner, s); err != nil {
-		e.st.Malformed++
-		return
-	}
 	gs := 0
 	if v.GSOType&^xdp.VnetGSOECN != 0 {
 		gs = int(v.GSOSize)
 	}
-	e.innerSegment(s, buf, frame, source{}, gs)
+	e.innerSegment(p, buf, frame, source{}, gs)
 }
 
 // innerSegment works on a parsed segment from the local stack, which came as pkt;
 // src is where its frame lies, gs the size at which it is to be cut.
-func (e *Engine) innerSegment(s *packet.Segment, pkt, frame []byte, src source, gs int) {
-	f := e.tab.find(&s.Key)
+func (e *Engine) innerSegment(p *grouped, pkt, frame []byte, src source, gs int) {
+	s := &p.seg
+	f := e.found(p)
 	if f == nil && e.elsewhere(packet.FromInner, &s.Key, pkt) {
 		return
 	}
@@ -839,11 +923,13 @@ func (e *Engine) flush() {
 		e.dirty[i] = nil
 	}
 	e.dirty = e.dirty[:0]
+	e.pool.recycle()
 }
 
 func (e *Engine) flushFlow(f *flow) {
-	if f.rxGen == f.rxGenQ {
+	if f.rxGen == f.rxGenQ && f.rxOldest != f.rxGen {
 		f.sess.AdvanceRecv(f.rxGen)
+		f.rxOldest = f.rxGen
 	}
 	e.control(f)
 	if f.state != flowLive {

@@ -13,6 +13,7 @@ const (
 	flowLive   = iota
 	flowLinger // both directions ended well: keys are gone, numbers are kept (T20)
 	flowReset  // aborted: whoever still speaks is answered with a reset
+	flowFree   // memory of the pool
 )
 
 // overhead is what a frame adds to the data it carries (invariant 7).
@@ -25,12 +26,70 @@ const overhead = crypto.Overhead
 // Inner to outer is a translator (tx fields), outer to inner a receiver with
 // custody (rx fields); see T1.
 type flow struct {
+	// What nearly every packet needs stands first, in the order of its use, and
+	// what few need last: a packet of a flow that others have driven out of
+	// the cache costs what is fetched of it, see prefetch.
+
 	key   packet.Key
 	state uint8
 	gone  bool // removed from the table
 	dirty bool // on the engine's list of flows to flush
 
-	iss, irs uint32 // initial sequence numbers, local and remote
+	tsOK, sackOK, wsOK, ecnOK bool
+	localShift, remoteShift   uint8
+	eceLatch                  bool // CE was seen and CWR not yet (T16)
+	txCWR, rxCWR              bool
+	peerECE                   bool
+	txECN, rxECN              uint8 // ECT codepoint of the sender's data
+	ackDueI                   bool  // an inner ACK is owed if it tells something new
+	ackMustI                  bool  // an inner ACK is owed in any case
+	probing                   bool  // and will be, once the peer has answered a probe
+	unheard                   bool  // no segment without SYN came from the peer: ours carry ENO (RFC 8547 section 4.6)
+
+	iss, irs              uint32 // initial sequence numbers, local and remote
+	tsLocal               uint32 // newest TSval of the inner stack
+	tsRemote, tsRemoteEcr uint32 // newest TSval and TSecr of the peer
+
+	// --- receiving: outer to inner ---
+	nxtO      uint64 // next in-order outer byte, the FIN counts as one
+	rxEdge    uint64 // right edge advertised to the peer; never retreats (T13)
+	ackSentO  uint64 // newest acknowledgement sent to the peer
+	frameO    uint64 // start of the frame that is being assembled
+	opening   uint64 // outer bytes of frames queued for opening
+	rcvMSS    int    // largest segment received
+	meanIn    int    // data bytes of a recent mean frame received
+	hdrN      int    // bytes of hdr seen, while less than three
+	asmHave   int
+	asm       []byte // frame being assembled, nil when none is
+	oooBytes  int
+	rxSlab    uint32
+	rxGen     uint32      // generation of the newest frame opened
+	rxGenQ    uint32      // generation of the newest frame queued for opening
+	rxOldest  uint32      // generations before were erased
+	rxKey     *crypto.Key // of rxGenQ
+	hdr       [crypto.FrameHeader]byte
+	asmMark   uint8
+	finp      bool // FINp was opened: the plaintext ends at dlvI
+	peerFin   bool // an outer FIN was seen at peerFinO
+	finTaken  bool // and acknowledged
+	ackNow    bool
+	quickAcks uint8 // so many segments are acknowledged at once
+	innerAcks bool  // the inner stack acknowledged something in this vector
+	innerUp   bool  // the inner stack may be sent data
+
+	dlvI      uint64 // end of the plaintext in custody
+	sntI      uint64 // plaintext below was given to the inner stack; the FIN counts as one
+	sntMaxI   uint64
+	innerAck  uint64 // acknowledged by the inner stack
+	innerEdge uint64 // right edge of the inner stack's window
+	innerDups int
+	pieces    ring[piece]
+	cursor    int // piece that sntI lies in
+	inMSS     int // payload bytes of an inner segment
+	innerRTO  time.Duration
+	wndShownI uint64
+	wndMaxI   uint64 // largest window that the inner stack was shown
+	ackShownI uint64
 
 	// --- sending: inner to outer ---
 	sealI, sealO uint64 // next inner byte to seal, and the outer byte it gets (T4)
@@ -41,94 +100,45 @@ type flow struct {
 	wl1          uint64 // outer offset of the segment that last updated edgeO
 	recs         ring[rec]
 	txSlab       uint32
+	txGen        uint32
 	txBytes      int // retained bytes
 	ctlBytes     int // those of them that carry no inner byte
 	meanData     int // data bytes of a recent mean frame
 	outMSS       int // most option and payload bytes of an outer segment
-	finSealed    bool
-	closedFirst  bool   // before the peer's FIN was acknowledged: the last ACK may be ours
-	initO        uint64 // end of the Init message that this side sent
-	held         bool   // sealed bytes wait for the peer's window (T6)
-	holdRTO      time.Duration
-	ctlRTO       time.Duration
-	backlog      []backlogged // inner data above sealI (T7)
-	txGen        uint32
 	txKey        *crypto.Key
 	txKeyFrames  uint64 // frames sealed under txKey
 	keyFrames    uint64 // and the most there may be (T11)
 	txKeyBytes   uint64 // plaintext bytes sealed under txKey
-	rekeyNext    bool   // the next frame initiates rekeying
-	verifying    bool   // the inner stack waits for an authentic sign of life (TC 3.9)
-
-	// --- receiving: outer to inner ---
-	nxtO      uint64 // next in-order outer byte, the FIN counts as one
-	rcvMSS    int    // largest segment received
-	meanIn    int    // data bytes of a recent mean frame received
-	rxEdge    uint64 // right edge advertised to the peer; never retreats (T13)
-	ackSentO  uint64 // newest acknowledgement sent to the peer
-	frameO    uint64 // start of the frame that is being assembled
-	hdr       [crypto.FrameHeader]byte
-	hdrN      int    // bytes of hdr seen, while less than three
-	asm       []byte // frame being assembled, nil when none is
-	asmHave   int
-	asmRef    ref
-	asmOff    uint32
-	opening   uint64 // outer bytes of frames queued for opening
-	asmMark   uint8
-	rxSlab    uint32
-	ooo       []oooSeg // sorted, disjoint, above nxtO
-	oooBytes  int
-	runs      []run // the same, as runs for SACK
-	stamp     uint32
-	dsack     run
-	rxGen     uint32      // generation of the newest frame opened
-	rxGenQ    uint32      // generation of the newest frame queued for opening
-	rxKey     *crypto.Key // of rxGenQ
-	finp      bool        // FINp was opened: the plaintext ends at dlvI
-	peerFin   bool        // an outer FIN was seen ...
-	peerFinO  uint64      // ... at this offset
-	finTaken  bool        // and acknowledged
-	ackNow    bool
-	quickAcks uint8 // so many segments are acknowledged at once
-	innerAcks bool  // the inner stack acknowledged something in this vector
-
-	dlvI      uint64 // end of the plaintext in custody
-	sntI      uint64 // plaintext below was given to the inner stack; the FIN counts as one
-	sntMaxI   uint64
-	innerAck  uint64 // acknowledged by the inner stack
-	innerEdge uint64 // right edge of the inner stack's window
-	innerUp   bool   // the inner stack may be sent data
-	innerDups int
-	pieces    ring[piece]
-	cursor    int // piece that sntI lies in
-	inMSS     int // payload bytes of an inner segment
-	innerRTO  time.Duration
-
-	// --- both ---
-	tsOK, sackOK, wsOK, ecnOK bool
-	localShift, remoteShift   uint8
-	tsLocal                   uint32 // newest TSval of the inner stack
-	tsRemote, tsRemoteEcr     uint32 // newest TSval and TSecr of the peer
-	eceLatch                  bool   // CE was seen and CWR not yet (T16)
-	txCWR, rxCWR              bool
-	peerECE                   bool
-	txECN, rxECN              uint8 // ECT codepoint of the sender's data
-
-	ackDueI   bool // an inner ACK is owed if it tells something new
-	ackMustI  bool // an inner ACK is owed in any case
-	probing   bool // and will be, once the peer has answered a probe
-	wndShownI uint64
-	wndMaxI   uint64 // largest window that the inner stack was shown
-	ackShownI uint64
+	finSealed    bool
+	closedFirst  bool // before the peer's FIN was acknowledged: the last ACK may be ours
+	held         bool // sealed bytes wait for the peer's window (T6)
+	rekeyNext    bool // the next frame initiates rekeying
+	verifying    bool // the inner stack waits for an authentic sign of life (TC 3.9)
 
 	outer, inner packet.Template
-	sess         *crypto.Session
-	release      []byte
-	pmtu         int
+	timers       [numTimers]time.Duration
+	heapIx       int
+	heapAt       time.Duration
+	firstRecs    [2]rec // of recs, as long as they are enough
+	firstPieces  [2]piece
 
-	timers [numTimers]time.Duration
-	heapIx int
-	heapAt time.Duration
+	bytesIn, bytesOut, framesIn, framesOut uint64
+
+	// --- what few packets need ---
+	initO    uint64 // end of the Init message that this side sent
+	holdRTO  time.Duration
+	ctlRTO   time.Duration
+	backlog  []backlogged // inner data above sealI (T7)
+	asmRef   ref
+	asmOff   uint32
+	ooo      []oooSeg // sorted, disjoint, above nxtO
+	runs     []run    // the same, as runs for SACK
+	stamp    uint32
+	dsack    run
+	peerFinO uint64
+	sess     *crypto.Session
+	release  []byte
+	pmtu     int
 
 	challengeAt time.Duration // start of the current second of challenge ACKs
 	challengeN  int
@@ -141,11 +151,10 @@ type flow struct {
 	active    bool
 	resumed   bool
 	peerAware bool // a bit of the peer's ENO option
-	unheard   bool // no segment without SYN came from the peer: ours carry ENO (RFC 8547 section 4.6)
 	reason    string
 	rtt       time.Duration
 
-	bytesIn, bytesOut, framesIn, framesOut, retransmits, rekeysIn, rekeysOut uint64
+	retransmits, rekeysIn, rekeysOut uint64
 }
 
 // rec is one sealed frame, or control bytes, or a FIN, in order and gapless:
@@ -214,8 +223,9 @@ func offOf(isn, seq uint32, near uint64) int64 {
 // not taken: the peer may have forgotten us.
 func (f *flow) parted() bool { return f.finTaken && f.finSealed && f.unaO == f.sealO }
 
-func newFlow(est *slowpath.Established, now time.Duration) *flow {
-	f := &flow{
+// init makes f the flow that the slow path has established.
+func (f *flow) init(est *slowpath.Established, now time.Duration) {
+	*f = flow{
 		key: est.Key, iss: est.ISS, irs: est.IRS, born: now, heapIx: -1,
 		sess: est.Session, role: est.Role, tep: est.TEP, aead: est.Session.AEAD(), id: est.Session.ID(),
 		active: est.Active, resumed: est.Resumed, unheard: est.Unheard, peerAware: est.PeerAppAware, release: est.Release, rtt: est.RTT,
@@ -225,6 +235,7 @@ func newFlow(est *slowpath.Established, now time.Duration) *flow {
 		outMSS: est.PeerMSS, inMSS: est.InnerMSS, meanData: 1400, meanIn: 1400, rcvMSS: 536,
 		holdRTO: minRTO, ctlRTO: minRTO, innerRTO: minRTO,
 	}
+	f.recs.b, f.pieces.b = f.firstRecs[:], f.firstPieces[:]
 	if est.WScaleOK {
 		f.localShift, f.remoteShift = est.LocalWScale, est.RemoteWScale
 	}
@@ -245,5 +256,4 @@ func newFlow(est *slowpath.Established, now time.Duration) *flow {
 	f.innerEdge = uint64(est.InnerWnd)
 	f.innerUp = !est.Active
 	f.wndMaxI = uint64(est.PeerWnd)
-	return f
 }

@@ -21,12 +21,17 @@ const txRoom = 32
 // their chunks.
 func (e *Engine) InnerChunks(v []xdp.Desc, now time.Duration) {
 	e.now = now
-	for i := range v {
-		d := &v[i]
-		r := e.buf.hold(d.Addr)
-		e.innerFrame(e.umem.Bytes(d.Addr, int(d.Len)), source{ref: r, off: uint32(d.Addr & uint64(e.umem.ChunkSize()-1))})
-		// Nothing of it was sealed yet.
-		e.working = append(e.working, r)
+	for len(v) > 0 {
+		g := e.group[:min(len(v), groupSize)]
+		e.parseChunks(g, v, packet.FromInner)
+		for i := range g {
+			d := &v[i]
+			r := e.buf.hold(d.Addr)
+			e.innerFrame(&g[i], e.umem.Bytes(d.Addr, int(d.Len)), source{ref: r, off: uint32(d.Addr & uint64(e.umem.ChunkSize()-1))})
+			// Nothing of it was sealed yet.
+			e.working = append(e.working, r)
+		}
+		v = v[len(g):]
 	}
 	e.flush()
 	for _, r := range e.working {
@@ -39,21 +44,23 @@ func (e *Engine) InnerChunks(v []xdp.Desc, now time.Duration) {
 // The frame is overwritten, and not used after the call.
 func (e *Engine) InnerFrame(frame []byte, now time.Duration) {
 	e.now = now
-	e.innerFrame(frame, source{})
+	g := e.group[:1]
+	g[0].err = packet.Parse(frame, packet.FromInner, &g[0].seg)
+	e.lookUp(g)
+	e.innerFrame(&g[0], frame, source{})
 	e.flush()
 }
 
-func (e *Engine) innerFrame(frame []byte, src source) {
-	s := &e.seg
-	if packet.Parse(frame, packet.FromInner, s) != nil {
+func (e *Engine) innerFrame(p *grouped, frame []byte, src source) {
+	if p.err != nil {
 		e.st.Malformed++
 		return
 	}
-	if !s.ChecksumOK(e.cfg.InnerVirtual) {
+	if !p.seg.ChecksumOK(e.cfg.InnerVirtual) {
 		e.st.BadChecksum++
 		return
 	}
-	e.innerSegment(s, frame, frame, src, 0)
+	e.innerSegment(p, frame, frame, src, 0)
 }
 
 // InnerOut returns the frames to transmit on the inner port; the chunks belong

@@ -132,7 +132,7 @@ func TestRekeyFlood(t *testing.T) {
 func (r *rig) hog() (free []func()) {
 	for {
 		var cur uint32
-		_, ref, _, ok := r.e.buf.alloc(slabSize, &cur)
+		_, ref, _, ok := r.e.buf.alloc(slabSize, &cur, false)
 		if !ok {
 			return free
 		}

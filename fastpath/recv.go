@@ -109,7 +109,7 @@ func (e *Engine) startFrame(f *flow, data []byte, src source) int {
 		e.frameTooShort(f)
 		return 0
 	}
-	mem, r, off, ok := e.buf.alloc(l, &f.rxSlab)
+	mem, r, off, ok := e.buf.alloc(l, &f.rxSlab, f.pieces.len() == 0)
 	if !ok {
 		e.st.NoMemory++
 		return 0
@@ -158,6 +158,7 @@ func (e *Engine) queueOpen(f *flow, frame []byte, r ref, off uint32, mark uint8)
 		f.rxGenQ++
 		f.rxKey = f.sess.RecvKey(f.rxGenQ)
 	}
+	prefetchKey(f.rxKey)
 	e.open = append(e.open, crypto.OpenOp{Key: f.rxKey, Frame: frame, Offset: f.frameO})
 	e.openMeta = append(e.openMeta, openMeta{f, r, off, control, mark})
 	f.opening += uint64(len(frame))
@@ -230,7 +231,7 @@ func (e *Engine) keep(f *flow, m *openMeta, data []byte, at, urg int) {
 	n := len(data)
 	off := m.off + uint32(at)
 	if m.ref.kind == refChunk && (n < smallPiece || e.buf.crowded()) || m.ref.kind == refSlab && n < smallPiece {
-		if mem, r, o, ok := e.buf.alloc(n, &f.rxSlab); ok {
+		if mem, r, o, ok := e.buf.alloc(n, &f.rxSlab, f.pieces.len() == 0); ok {
 			m.mark &^= markLead
 			copy(mem, data)
 			if k := f.pieces.len(); k > 0 && urg == 0 {
@@ -286,7 +287,7 @@ func (e *Engine) insertOOO(f *flow, o uint64, data []byte, src source) bool {
 				e.st.OOODrops++
 				return fresh
 			}
-			mem, r, off, ok := e.buf.alloc(n, &f.rxSlab)
+			mem, r, off, ok := e.buf.alloc(n, &f.rxSlab, false)
 			if !ok {
 				e.st.OOODrops++
 				return fresh

@@ -555,3 +555,9 @@ func (r *rig) gone() {
 		r.t.Fatalf("left over: %d flows, %d timers, %d bytes, %d chunks", r.e.tab.n, len(r.e.timers.h), r.e.buf.used, r.u.Chunks()-r.u.Available())
 	}
 }
+
+func newFlow(est *slowpath.Established, now time.Duration) *flow {
+	f := new(flow)
+	f.init(est, now)
+	return f
+}

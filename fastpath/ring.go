@@ -37,8 +37,12 @@ func (r *ring[T]) pop() {
 	*r.at(0) = zero
 	r.head = (r.head + 1) & (len(r.b) - 1)
 	r.n--
-	if r.n == 0 && len(r.b) > 256 {
-		r.b, r.head = nil, 0
+	if r.n == 0 {
+		// From the start again: the same few cache lines are used.
+		r.head = 0
+		if len(r.b) > 256 {
+			r.b = nil
+		}
 	}
 }
 

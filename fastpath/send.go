@@ -168,6 +168,7 @@ func (e *Engine) claim(f *flow, buf []byte, src source, gs int, flags uint8, urg
 	}
 	n := len(buf) - 1
 	fin := flags&packet.FIN != 0
+	prefetchKey(f.txKey)
 	if gs <= 0 || gs > slabSize-64 {
 		gs = min(max(n, 1), slabSize-64)
 	}
@@ -235,7 +236,7 @@ func (e *Engine) sealFrame(f *flow, src []byte, at source, fl byte, urgent int, 
 	}
 	mem, r, off, ok := e.sealPlace(at, total)
 	if !ok {
-		mem, r, off, ok = e.buf.alloc(total, &f.txSlab)
+		mem, r, off, ok = e.buf.alloc(total, &f.txSlab, f.recs.len() == 0)
 		if !ok {
 			return false
 		}

@@ -1,6 +1,12 @@
 package fastpath
 
-import "github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+// This file uses unsafe for addresses to prefetch.
+
+import (
+	"unsafe"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
+)
 
 // table finds flows by key: open addressing, linear probing, deletion by
 // shifting back. Only its worker touches it.
@@ -14,12 +20,34 @@ type slot struct {
 	f    *flow
 }
 
+// hash returns the hash of a key, never 0.
+func (t *table) hash(k *packet.Key) uint64 { return slotHash(k) }
+
+// prefetch has the cache fetch the slot where a look-up begins.
+func (t *table) prefetch(h uint64) {
+	prefetch(unsafe.Pointer(&t.slots[h&uint64(len(t.slots)-1)]), 1)
+}
+
+// guess returns the flow that probably has a key with that hash, or nil. It
+// does not look at the flow.
+func (t *table) guess(h uint64) *flow {
+	m := uint64(len(t.slots) - 1)
+	for i := h & m; ; i = (i + 1) & m {
+		s := &t.slots[i]
+		if s.hash == h || s.hash == 0 {
+			return s.f
+		}
+	}
+}
+
 func newTable() *table { return &table{slots: make([]slot, 1024)} }
 
 func slotHash(k *packet.Key) uint64 { return k.Hash() | 1<<63 }
 
-func (t *table) find(k *packet.Key) *flow {
-	h := slotHash(k)
+func (t *table) find(k *packet.Key) *flow { return t.findHash(k, slotHash(k)) }
+
+// findHash is find with the key's hash.
+func (t *table) findHash(k *packet.Key, h uint64) *flow {
 	m := uint64(len(t.slots) - 1)
 	for i := h & m; ; i = (i + 1) & m {
 		s := &t.slots[i]

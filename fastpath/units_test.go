@@ -184,7 +184,7 @@ func TestBuffers(t *testing.T) {
 				n = bigSize - rng.IntN(3)
 			}
 			c := &cur[rng.IntN(len(cur))]
-			mem, r, off, ok := b.alloc(n, c)
+			mem, r, off, ok := b.alloc(n, c, rng.IntN(2) == 0)
 			if !ok {
 				failed++
 				if b.used+slabSize <= budget && n <= slabSize {

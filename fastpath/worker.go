@@ -116,6 +116,7 @@ type worker struct {
 	requestInner func(d *xdp.Desc, start, offset uint16)
 	descs        []xdp.Desc
 	bufs         [tapReads][]byte
+	supers       [tapReads][]byte // what of bufs was read
 	pfds         []unix.PollFd
 	nics         int // of them, those of NIC queues, which come first
 
@@ -400,13 +401,14 @@ func (w *worker) innerVector() int {
 			}
 			break
 		}
-		w.eng.InnerIn(w.bufs[n][:k], w.now())
+		w.supers[n] = w.bufs[n][:k]
 		n++
 	}
 	if n > 0 {
-		w.eng.Flush(w.now())
+		now := w.now()
+		w.eng.InnerVec(w.supers[:n], now)
+		w.eng.Flush(now)
 	}
-	w.more = w.more || n == tapReads
 	return n
 }
 

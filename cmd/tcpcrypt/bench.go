@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"runtime"
+	"strconv"
 	"text/tabwriter"
 	"time"
 
@@ -111,32 +113,57 @@ func newBenchPipeline() *cobra.Command {
 	cmd := &cobra.Command{Use: "pipeline", Short: "One worker's engine in memory, a packet at a time", Args: exactArgs()}
 	var o benchOutput
 	o.flags(cmd)
-	payloads := cmd.Flags().IntSlice("payload", []int{64, 512, 1440}, "data bytes of a packet")
-	flows := cmd.Flags().IntSlice("flows", []int{1, 1000}, "number of flows")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := checkPipeline(*payloads, *flows); err != nil {
+	var p bench.PipelineOptions
+	payloads := cmd.Flags().StringSlice("payload", []string{"64", "512", "1440", "9000", "imix"}, "data bytes of a packet, or imix")
+	cmd.Flags().IntSliceVar(&p.Flows, "flows", []int{1, 1000, 100000}, "flows of a worker, which take turns in random order")
+	cmd.Flags().IntSliceVar(&p.Bursts, "burst", []int{1, 16}, "packets of a flow that come together")
+	cmd.Flags().IntSliceVar(&p.Workers, "workers", []int{1}, "threads that work at once")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) (err error) {
+		if p.Payloads, err = parsePayloads(*payloads); err != nil {
 			return err
 		}
-		rows, err := bench.Pipeline(*payloads, *flows)
+		if err := checkPipeline(&p); err != nil {
+			return err
+		}
+		p.Log = func(s string) { fmt.Fprintln(cmd.ErrOrStderr(), s) }
+		rows, err := bench.Pipeline(p)
 		if err != nil {
 			return failure{err}
 		}
-		return emit(cmd, &o, rows, "direction\tpayload\tflows\tengine\tns/packet\tof it AEAD\tMpps\tGb/s\tallocs/packet", func(r *bench.PipelineRow) string {
-			return fmt.Sprintf("%s\t%d\t%d\t%s\t%.0f\t%.0f\t%.2f\t%.2f\t%.3f", r.Direction, r.Payload, r.Flows, r.Engine, r.NsPer, r.AEADNs, r.PPS/1e6, r.Gbps, r.Allocs)
+		return emit(cmd, &o, rows, "direction\tpayload\tflows\tburst\tworkers\tengine\tns/packet\tof it AEAD\tMpps\tGb/s\tallocs/packet", func(r *bench.PipelineRow) string {
+			return fmt.Sprintf("%s\t%s\t%d\t%d\t%d\t%s\t%.0f\t%.0f\t%.2f\t%.2f\t%.3f", r.Direction, cmp.Or(r.Mix, strconv.Itoa(r.Payload)), r.Flows, r.Burst, r.Workers, r.Engine, r.NsPer, r.AEADNs, r.PPS/1e6, r.Gbps, r.Allocs)
 		})
 	}
 	return cmd
 }
 
-func checkPipeline(payloads, flows []int) error {
-	for _, n := range payloads {
-		if n < 1 || n > bench.MaxPayload {
-			return fmt.Errorf("--payload %d: must be 1 to %d", n, bench.MaxPayload)
+// parsePayloads reads sizes and the word imix.
+func parsePayloads(words []string) (out []int, err error) {
+	for _, w := range words {
+		n, err := strconv.Atoi(w)
+		switch {
+		case w == "imix":
+			n = bench.IMIX
+		case err != nil || n < 1 || n > bench.MaxPayload:
+			return nil, fmt.Errorf("--payload %s: must be imix or 1 to %d", w, bench.MaxPayload)
 		}
+		out = append(out, n)
 	}
-	for _, n := range flows {
-		if n < 1 || n > bench.MaxFlows {
-			return fmt.Errorf("--flows %d: must be 1 to %d", n, bench.MaxFlows)
+	return out, nil
+}
+
+func checkPipeline(o *bench.PipelineOptions) error {
+	for _, c := range []struct {
+		name   string
+		values []int
+		most   int
+	}{
+		{"flows", o.Flows, bench.MaxFlows}, {"burst", o.Bursts, bench.MaxBurst}, {"workers", o.Workers, runtime.NumCPU()},
+	} {
+		for _, n := range c.values {
+			if n < 1 || n > c.most {
+				return fmt.Errorf("--%s %d: must be 1 to %d", c.name, n, c.most)
+			}
 		}
 	}
 	return nil
@@ -185,18 +212,24 @@ func newBenchCapacity() *cobra.Command {
 	cmd := &cobra.Command{Use: "capacity", Short: "Cores that links of 10 to 400 Gb/s need, from costs measured here", Args: exactArgs()}
 	var o benchOutput
 	o.flags(cmd)
-	payloads := cmd.Flags().IntSlice("payload", []int{64, 512, 1440, 3400}, "data bytes of a packet")
+	payloads := cmd.Flags().StringSlice("payload", []string{"64", "512", "1440", "3400"}, "data bytes of a packet")
 	flows := cmd.Flags().Int("flows", 1000, "number of flows")
+	burst := cmd.Flags().Int("burst", 16, "packets of a flow that come together")
 	c := bench.DefaultCosts
 	cmd.Flags().Float64Var(&c.ZeroCopy, "zerocopy-ns", c.ZeroCopy, "assumed: AF_XDP in zero-copy mode, ns a packet")
 	cmd.Flags().Float64Var(&c.CopyRX, "copy-rx-ns", c.CopyRX, "assumed: receiving in copy mode, ns a packet")
 	cmd.Flags().Float64Var(&c.CopyTX, "copy-tx-ns", c.CopyTX, "assumed: sending in copy mode, ns a packet")
 	cmd.Flags().Float64Var(&c.Inner, "inner-ns", c.Inner, "assumed: inner path, ns per 1440 bytes")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := checkPipeline(*payloads, []int{*flows}); err != nil {
+		sizes, err := parsePayloads(*payloads)
+		if err != nil {
 			return err
 		}
-		measured, err := bench.Pipeline(*payloads, []int{*flows})
+		p := bench.PipelineOptions{Payloads: sizes, Flows: []int{*flows}, Bursts: []int{*burst}, Workers: []int{1}}
+		if err := checkPipeline(&p); err != nil {
+			return err
+		}
+		measured, err := bench.Pipeline(p)
 		if err != nil {
 			return failure{err}
 		}

@@ -1,0 +1,24 @@
+package fastpath
+
+// This file uses unsafe for addresses, which it only gives to the cache.
+
+import (
+	"unsafe"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+)
+
+const cacheLine = 64
+
+// hotBytes is how much of a flow packets in order need.
+const hotBytes = unsafe.Offsetof(flow{}.initO)
+
+// prefetch has the cache fetch what packets in order need of a flow.
+func (f *flow) prefetch() {
+	prefetch(unsafe.Pointer(f), (int(hotBytes)+cacheLine-1)/cacheLine)
+}
+
+// prefetchKey has the cache fetch a key, which is used when the vector runs.
+func prefetchKey(k *crypto.Key) {
+	prefetch(unsafe.Pointer(k), (int(unsafe.Sizeof(*k))+cacheLine-1)/cacheLine)
+}
