@@ -22,6 +22,10 @@ const (
 	lingerLong  = 60 * time.Second
 	lingerReset = 10 * time.Second
 	lingerShort = 2 * time.Second
+	// A SYN of the peer begins a new connection only when whatever the local
+	// stack had sent before it heard of a reset has come out of its queue: for
+	// a plain connection that would be plaintext on the wire.
+	resetQuiet  = 500 * time.Millisecond
 	manyLinger  = 1 << 16
 	maxCtlTries = 8
 
@@ -704,7 +708,7 @@ func (e *Engine) abort(f *flow, reason string) {
 func (e *Engine) end(f *flow, state uint8, reason string) {
 	f.reason = reason
 	e.runSeal()
-	f.state = state
+	f.state, f.ended = state, e.now
 	e.events = append(e.events, Event{Kind: FlowEnded, Key: f.key, Info: e.info(f)})
 	for f.recs.len() > 0 {
 		e.buf.release(f.recs.at(0).ref)
@@ -756,6 +760,9 @@ func (e *Engine) forget(f *flow, destroy bool) {
 // outerLate answers a segment for a flow that has ended.
 func (e *Engine) outerLate(f *flow, s *packet.Segment) {
 	if s.Flags&(packet.SYN|packet.ACK) == packet.SYN {
+		if f.state == flowReset && e.now-f.ended < resetQuiet {
+			return
+		}
 		e.forget(f, false)
 		e.toSlow(packet.FromOuter, &s.Key, s.Flags, s.Frame)
 		return

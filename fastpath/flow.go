@@ -144,6 +144,7 @@ type flow struct {
 	challengeN  int
 
 	born      time.Duration
+	ended     time.Duration // when it left the live state
 	id        [33]byte
 	tep       crypto.TEP
 	aead      crypto.AEAD

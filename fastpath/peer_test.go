@@ -519,6 +519,21 @@ func TestLinger(t *testing.T) {
 	r.gone()
 }
 
+// An attacker has a connection aborted and opens a plain one on its ports at
+// once: data that the local stack had sent before it heard of the abort must not
+// pass for the new connection's.
+func TestSYNRightAfterReset(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.outer(seg{data: make([]byte, 100)}, seg{o: 100, data: make([]byte, 100)})
+	r.outer(seg{flags: packet.RST})
+	r.forget()
+	r.outer(seg{flags: packet.SYN, noAck: true, o: 12345})
+	r.inner(seg{data: content(0, 0, 1000)})
+	if len(r.events) != 0 || len(withData(r.outs)) != 0 {
+		t.Errorf("events %+v, %d segments with data to the wire", r.events, len(withData(r.outs)))
+	}
+}
+
 // When both directions have ended, the peer may be gone while a slow reader has
 // not taken everything: custody survives keep-alives and the peer's resets.
 func TestCustodyOutlivesPeer(t *testing.T) {
@@ -571,7 +586,7 @@ func TestPortsReused(t *testing.T) {
 	}{
 		{"outer SYN after close", (*rig).closeBoth, packet.FromOuter, []EventKind{FlowGone, SlowFrame}},
 		{"inner SYN after close", (*rig).closeBoth, packet.FromInner, []EventKind{FlowGone, SlowFrame}},
-		{"outer SYN after reset", func(r *rig) { r.outer(seg{flags: packet.RST}) }, packet.FromOuter, []EventKind{FlowGone, SlowFrame}},
+		{"outer SYN after reset", func(r *rig) { r.outer(seg{flags: packet.RST}); r.advance(resetQuiet) }, packet.FromOuter, []EventKind{FlowGone, SlowFrame}},
 		{"inner SYN after reset", func(r *rig) { r.outer(seg{flags: packet.RST}) }, packet.FromInner, []EventKind{FlowGone, SlowFrame}},
 		{"inner SYN in a live flow", func(r *rig) { r.inner(seg{data: content(0, 0, 3000), gso: 1440}) }, packet.FromInner, []EventKind{FlowEnded, FlowGone, SlowFrame}},
 	} {
