@@ -2,6 +2,7 @@ package slowpath
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"io"
 	"slices"
@@ -155,8 +156,19 @@ func (m *Machine) data(f *flow, s *packet.Segment, off int) {
 				return
 			}
 		}
+	} else if s.Flags&packet.FIN != 0 && off > before {
+		f.fin = bareFIN(s)
 	}
 	m.sendAck(f)
+}
+
+// bareFIN returns a FIN that came ahead of other bytes, without its own, which
+// reassembly has. The fast path gets it when it gets those.
+func bareFIN(s *packet.Segment) []byte {
+	b := packet.Rewrite(nil, s, s.Options(), nil)
+	binary.BigEndian.PutUint32(b[s.L4+tcpSeq:], s.Seq+uint32(s.Len()))
+	packet.FullChecksum(b, s.L3, s.L4, s.V6)
+	return b
 }
 
 // ended takes a FIN in order. Behind the whole Init message it belongs to the

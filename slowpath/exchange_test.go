@@ -106,6 +106,25 @@ func TestReleaseTimestamp(t *testing.T) {
 	}
 }
 
+// The last segment of a short stream overtakes Init1: its FIN is not lost.
+func TestFINAheadOfInit(t *testing.T) {
+	s := newScript(t, Config{})
+	s.passive(crypto.TEPX25519)
+	msg := s.init1(crypto.TEPX25519, false, nil)
+	x := s.data(len(msg), 0, []byte("frames"))
+	x.flags |= packet.FIN
+	s.outer(x)
+	s.outer(s.data(0, 0, msg))
+	s.wantKinds(SendOuter, Install, SendInner, Reinject)
+	if e := s.installed(); string(e.RxPending) != "frames" {
+		t.Errorf("RxPending %q", e.RxPending)
+	}
+	p := parse(t, s.acts[len(s.acts)-2].Frame, packet.FromOuter)
+	if p.Flags&packet.FIN == 0 || p.Len() != 0 || p.Seq != x.seq+6 || !p.ChecksumOK(false) {
+		t.Errorf("reinjected %+v", p)
+	}
+}
+
 func TestPassiveEstablished(t *testing.T) {
 	s := newScript(t, Config{MTU: 1300})
 	s.listening(crypto.TEPP256, crypto.TEPX25519)

@@ -68,7 +68,7 @@ type flow struct {
 	cipher   crypto.AEAD
 	init     []byte   // our Init message
 	nonceA   [32]byte // N_A
-	fin      []byte   // the peer's FIN, which came while the job ran
+	fin      []byte   // the peer's FIN, which came while the job ran, or ahead of other bytes
 	una, nxt int      // of init: acknowledged, sent
 	top      int      // of init: most that was ever sent
 	edge     int      // right edge of the peer's window
