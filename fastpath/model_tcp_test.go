@@ -97,6 +97,9 @@ type model struct {
 	shielded bool // but a slow path was, which takes ENO out
 	bareTS   bool // segments that were passed on may lack their timestamps
 	reset    bool
+	movedAt  time.Duration // when anything went on, until all was over
+	stall    time.Duration // longest pause of that
+	settled  bool
 	lateRST  bool // a reset came when both applications had all, and cost nothing
 
 	written    uint64
@@ -120,6 +123,7 @@ type model struct {
 	backoff    uint
 	rtoAt      time.Duration
 	synAt      time.Duration
+	rackAt     time.Duration
 	synTries   uint
 	ptoAt      time.Duration // of the tail loss probe
 	probed     bool          // the tail was
@@ -168,11 +172,23 @@ func (m *model) open(now time.Duration, sndWnd uint64) {
 	m.started = true
 	m.edge = sndWnd
 	m.nextWrite = now
+	m.movedAt = now
 	if m.cfg.keepalive > 0 {
 		m.kaAt = now + m.cfg.keepalive
 	}
 	m.sendAck()
 	m.tick(now)
+}
+
+// moved notes that the connection went on: bytes were written, acknowledged,
+// received or read.
+func (m *model) moved() {
+	if p := m.peer; p != nil && !m.settled {
+		// Whatever one end does counts for both: a slow reader's sender waits.
+		m.stall = max(m.stall, m.now-max(m.movedAt, p.movedAt))
+		m.movedAt = m.now
+		m.settled = m.done()
+	}
 }
 
 func (m *model) synWnd() uint64 { return min(m.cfg.rcvBuf, 65535) }
@@ -312,7 +328,7 @@ func (m *model) compose(h *packet.Header, data int) (buf []byte, hl int) {
 	return buf, hl
 }
 
-func (m *model) sendAck() { m.transmit(m.nxt, 0, 0, false) }
+func (m *model) sendAck() { m.transmit(max(m.nxt, m.max), 0, 0, false) }
 
 // segment sends stream bytes from o, at most n of them and the FIN if it
 // follows, and returns the offset behind.
@@ -484,7 +500,7 @@ func (m *model) deadline() time.Duration {
 	if m.reset {
 		return d
 	}
-	for _, t := range [...]time.Duration{m.synAt, m.rtoAt, m.ptoAt, m.persistAt, m.kaAt, m.delackAt, m.nextWrite, m.nextRead} {
+	for _, t := range [...]time.Duration{m.synAt, m.rtoAt, m.ptoAt, m.rackAt, m.persistAt, m.kaAt, m.delackAt, m.nextWrite, m.nextRead} {
 		if t != 0 {
 			d = min(d, t)
 		}
@@ -514,6 +530,9 @@ func (m *model) tick(now time.Duration) {
 	if m.delackAt != 0 && now >= m.delackAt {
 		m.delackAt = 0
 		m.sendAck()
+	}
+	if m.rackAt != 0 && now >= m.rackAt {
+		m.reorderingOver()
 	}
 	if m.ptoAt != 0 && now >= m.ptoAt {
 		m.probeTail()
@@ -563,7 +582,7 @@ func (m *model) asked(what string) {
 }
 
 func (m *model) timeout() {
-	m.rtoAt, m.ptoAt = 0, 0
+	m.rtoAt, m.ptoAt, m.rackAt = 0, 0, 0
 	if m.max <= m.una {
 		return
 	}
@@ -623,6 +642,7 @@ func (m *model) write() {
 		}
 		n := min(m.app.total-m.written, uint64(1+m.rng.IntN(m.app.write)), m.cfg.sndBuf-(m.written-m.una))
 		m.written += n
+		m.moved()
 		if m.cfg.urg && m.rng.IntN(50) == 0 {
 			mark := m.written - m.rng.Uint64N(n)
 			m.urgMarks[mark], m.urgAll[mark] = true, true
@@ -651,6 +671,7 @@ func (m *model) readSome() {
 		}
 	}
 	m.readPos += n
+	m.moved()
 	// A window update when it is worth one.
 	used := m.rcv - m.readPos
 	if !m.eof && used < m.cfg.rcvBuf {
@@ -770,6 +791,8 @@ func (m *model) inputReset(s *packet.Segment, o int64) {
 	case o == int64(m.rcv):
 		m.lateRST = m.eof && m.peer.eof
 		m.reset = true
+	case o == -1 && m.rcv == 0:
+		// Meant for a stack that is in SYN-SENT still.
 	case !m.cfg.lossy && !m.plain:
 		m.fail("%s: reset at %d, rcv_nxt is %d", m.name, o, m.rcv)
 	case o > int64(m.rcv) && o <= int64(m.rcvEdge):
@@ -828,6 +851,7 @@ func (m *model) inputAck(s *packet.Segment, o, n int64) {
 		}
 		got := ack - m.una
 		m.una = ack
+		m.moved()
 		m.nxt = max(m.nxt, ack)
 		m.sacked.dropBelow(ack)
 		m.backoff = 0
@@ -866,18 +890,7 @@ func (m *model) inputAck(s *packet.Segment, o, n int64) {
 		}
 	}
 	if !m.inRec && m.max > m.una && (m.dups == 3 || m.sacked.below(m.max) > 3*mss) {
-		m.inRec = true
-		m.recover = m.max
-		m.ssthresh = max((m.max-m.una)/2, 2*mss)
-		m.cwnd = m.ssthresh
-		if !m.cfg.sack {
-			m.cwnd += 3 * mss
-		}
-		m.rtxNext = m.una
-		if len(m.sacked) == 0 {
-			m.resendHead()
-			m.rtxNext = m.una + mss
-		}
+		m.recoverLoss()
 	}
 	if m.inRec && m.cfg.sack {
 		m.fillHoles()
@@ -888,7 +901,40 @@ func (m *model) inputAck(s *packet.Segment, o, n int64) {
 	if moved {
 		m.persistAt = 0
 	}
-	m.backoff = 0
+	if m.cfg.sack && !m.inRec && m.sacked.below(m.max) > 0 {
+		if m.rackAt == 0 {
+			m.rackAt = m.now + max(m.srtt/4, time.Millisecond)
+		}
+	} else {
+		m.rackAt = 0
+	}
+}
+
+// recoverLoss begins fast recovery.
+func (m *model) recoverLoss() {
+	mss := uint64(m.cfg.mss)
+	m.inRec = true
+	m.recover = m.max
+	m.ssthresh = max((m.max-m.una)/2, 2*mss)
+	m.cwnd = m.ssthresh
+	if !m.cfg.sack {
+		m.cwnd += 3 * mss
+	}
+	m.rtxNext = m.una
+	if len(m.sacked) == 0 {
+		m.resendHead()
+		m.rtxNext = m.una + mss
+	}
+}
+
+// reorderingOver takes what is still missing below a SACK block for lost, a
+// quarter of the round trip after the block came (RFC 8985 section 6.2).
+func (m *model) reorderingOver() {
+	m.rackAt = 0
+	if !m.inRec && m.max > m.una && m.sacked.below(m.max) > 0 {
+		m.recoverLoss()
+		m.fillHoles()
+	}
 }
 
 func (m *model) inputSACK(s *packet.Segment) (news bool) {
@@ -1013,6 +1059,7 @@ func (m *model) inputData(s *packet.Segment, o, n int64) {
 		m.rcv++
 		now = true
 	}
+	m.moved()
 	if m.app.read == 0 {
 		m.readSome()
 	} else if m.nextRead == 0 {

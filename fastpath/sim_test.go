@@ -79,6 +79,7 @@ type simFlow struct {
 	est  [2]*slowpath.Established
 	wire [2]*wire // by sending node
 	up   [2]bool
+	fin  [2][]byte // came before the flow was handed over
 	// Engines count that much more than models do, of what node k sends.
 	warpI [2]uint64
 	gone  [2]bool
@@ -298,6 +299,9 @@ func (s *sim) install(f *simFlow, k int) {
 	n.e.Install(est, s.now)
 	if f.cfg.warp != [2]warp{} {
 		f.warpTo(n.e.tab.find(&est.Key), k)
+	}
+	if f.fin[k] != nil {
+		n.e.Reinject(packet.FromOuter, f.fin[k], s.now)
 	}
 	n.drain()
 	f.m[k].open(s.now, min(65535, uint64(est.PeerWnd)))

@@ -115,7 +115,11 @@ func (n *simNode) out(c *netConfig) bool {
 		n.outage.s = n.outage.e + uint64(n.weather.ExpFloat64()*float64(c.outEvery))
 		n.outage.e = n.outage.s + 1 + uint64(n.weather.ExpFloat64()*float64(c.outFor))
 	}
-	return n.outage.s <= now
+	if n.outage.s > now {
+		return false
+	}
+	n.longest = max(n.longest, time.Duration(n.outage.e-n.outage.s))
+	return true
 }
 
 // forgeable reports whether g is protected: a plain connection would deliver
@@ -333,7 +337,11 @@ func (s *sim) deliver(node int, b []byte, forged bool) {
 				return
 			}
 			if !f.up[node] && !s.sc.lives {
-				s.putBuf(b)
+				if g.Flags&packet.FIN != 0 {
+					f.fin[node] = b
+				} else {
+					s.putBuf(b)
+				}
 				return
 			}
 		}

@@ -26,8 +26,9 @@ type simNode struct {
 	spare   [][]byte
 	pollAt  time.Duration // 0: not due
 	vec     []xdp.Desc
-	outage  span       // the next one of what this node sends, in nanoseconds
-	weather *rand.Rand // when they come, whatever is sent
+	outage  span          // the next one of what this node sends, in nanoseconds
+	longest time.Duration // outage that something got lost in
+	weather *rand.Rand    // when they come, whatever is sent
 	ended   map[string]int
 	asm     []byte
 }

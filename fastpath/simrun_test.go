@@ -95,6 +95,9 @@ func simRun(t *testing.T, goal uint64, scenario func(seed uint64) *scenario) *si
 				s := newSim(scenario(seed), &pool)
 				err := s.guarded()
 				s.close()
+				if err == "" {
+					err = s.stalled(&pool)
+				}
 				mu.Lock()
 				total.add(s)
 				if err != "" {

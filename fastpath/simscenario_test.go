@@ -164,7 +164,7 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 		m.recut = recutKind(rng.IntN(int(numRecuts)))
 		m.delack = pick[time.Duration](rng, 0, 40*time.Millisecond, 40*time.Millisecond)
 		m.minRTO = 200 * time.Millisecond
-		m.tlp, m.mtuProbe = !one(3), !one(3)
+		m.tlp, m.mtuProbe = !one(3), !one(3) || sc.net[k].blackhole
 		if one(4) {
 			m.keepalive = pick(rng, 300*time.Millisecond, 5*time.Second)
 		}
