@@ -151,7 +151,7 @@ func TestRouteChange(t *testing.T) {
 func (s *siege) wayOut(d *detour, v6, guard bool) {
 	s.t.Helper()
 	v := s.victim(v6)
-	s.pour(v)
+	ended := s.pour(v)
 	moved := func() uint64 {
 		info, err := s.daemon.Session(s.ctx, v.client.LocalAddr(), v.client.RemoteAddr())
 		if err != nil {
@@ -163,8 +163,22 @@ func (s *siege) wayOut(d *detour, v6, guard bool) {
 	before := s.dropped()
 	at, end := d.take(s, v6)
 	if !guard {
-		s.eventually("plaintext leaves", func() (string, bool) { return "", s.leaks(at) })
+		leaked, over := false, false
+		s.eventually("plaintext leaves, or the connection ends", func() (string, bool) {
+			select {
+			case <-ended:
+				over = true
+			default:
+			}
+			leaked = leaked || s.leaks(at)
+			return "", leaked || over
+		})
 		end()
+		if !leaked {
+			// Something of the host's own, a reset or an error, went first.
+			s.t.Log("the connection ended before it sent anything; once more")
+			s.wayOut(d, v6, guard)
+		}
 		return
 	}
 	s.eventually("the guard counts it", func() (string, bool) { return "", s.dropped() > before })
