@@ -329,7 +329,7 @@ type forgery struct {
 func read(v *victim, wait bool) (string, error) {
 	d := 5 * time.Millisecond
 	if wait {
-		d = 30 * time.Second
+		d = 10 * time.Second
 	}
 	_ = v.client.SetReadDeadline(time.Now().Add(d))
 	defer v.client.SetReadDeadline(time.Time{})
