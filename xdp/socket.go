@@ -415,6 +415,8 @@ func (s *Socket) bind(address *unix.SockaddrXDP) error {
 			return fmt.Errorf("bind: the driver has no zero-copy for this queue: %w", err)
 		case errors.Is(err, unix.EINVAL) && address.Flags&unix.XDP_SHARED_UMEM != 0:
 			return fmt.Errorf("bind: no such queue, or one that a socket of this UMEM has: %w", err)
+		case errors.Is(err, unix.EINVAL) && address.Flags&unix.XDP_ZEROCOPY != 0:
+			return fmt.Errorf("bind: no such queue, or one for which the driver refuses zero-copy: %w", err)
 		case errors.Is(err, unix.EINVAL):
 			return fmt.Errorf("bind: no such queue: %w", err)
 		default:

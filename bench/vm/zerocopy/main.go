@@ -33,7 +33,7 @@ func main() {
 	err := t.run(ctx, *cache, *keep)
 	t.print(os.Stdout)
 	if *report != "" {
-		if e := os.WriteFile(*report, []byte(t.doctor.String()), 0o644); err == nil {
+		if e := os.WriteFile(*report, []byte(t.doctor), 0o644); err == nil {
 			err = e
 		}
 	}
