@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -244,25 +243,4 @@ func TestMemoryLimit(t *testing.T) {
 	}
 	b.encryptsAgain(a, false)
 	b.idle(a, z)
-}
-
-// rss returns the resident memory of a process in bytes.
-func (b *bed) rss(d *daemon.Daemon) int64 {
-	b.t.Helper()
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", d.Process.Pid))
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	defer f.Close()
-	for sc := bufio.NewScanner(f); sc.Scan(); {
-		if v, ok := strings.CutPrefix(sc.Text(), "VmRSS:"); ok {
-			n, err := strconv.ParseInt(strings.Fields(v)[0], 10, 64)
-			if err != nil {
-				b.t.Fatal(err)
-			}
-			return n << 10
-		}
-	}
-	b.t.Fatal("no VmRSS")
-	return 0
 }
