@@ -22,9 +22,10 @@ const (
 	lingerLong  = 60 * time.Second
 	lingerReset = 10 * time.Second
 	lingerShort = 2 * time.Second
-	// A SYN of the peer begins a new connection only when whatever the local
-	// stack had sent before it heard of a reset has come out of its queue: for
-	// a plain connection that would be plaintext on the wire.
+	// A SYN of the peer begins a plain connection only when whatever the local
+	// stack had sent before it heard of a reset has come out of its queue: it
+	// would pass for the new connection's. One that is negotiated gives nothing
+	// of the local stack's out before that has answered the SYN.
 	resetQuiet  = 500 * time.Millisecond
 	manyLinger  = 1 << 16
 	maxCtlTries = 8
@@ -757,10 +758,18 @@ func (e *Engine) forget(f *flow, destroy bool) {
 	e.events = append(e.events, Event{Kind: FlowGone, Key: f.key, Destroy: destroy})
 }
 
+func offersENO(s *packet.Segment) (found bool) {
+	_ = packet.WalkOptions(s.Options(), func(o []byte) bool {
+		found = found || o[0] == packet.OptENO
+		return !found
+	})
+	return found
+}
+
 // outerLate answers a segment for a flow that has ended.
 func (e *Engine) outerLate(f *flow, s *packet.Segment) {
 	if s.Flags&(packet.SYN|packet.ACK) == packet.SYN {
-		if f.state == flowReset && e.now-f.ended < resetQuiet {
+		if f.state == flowReset && e.now-f.ended < resetQuiet && !offersENO(s) {
 			return
 		}
 		e.forget(f, false)
