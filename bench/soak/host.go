@@ -69,6 +69,7 @@ func (h *host) daemon() *daemon.Daemon {
 }
 
 func (h *host) begin(what string) {
+	h.log("%s", what)
 	h.mu.Lock()
 	h.outages = append(h.outages, outage{what: what, begin: time.Now()})
 	h.mu.Unlock()

@@ -50,8 +50,8 @@ type soak struct {
 	mu       sync.Mutex
 	plans    map[uint64]*plan
 	results  map[uint64]chan error // of the servers
-	secret   map[uint64]bool       // connections that were seen to be encrypted
-	leaked   map[uint64]bool       // connections whose stream was seen on the wire
+	secret   map[uint64]string     // connections that were seen to be encrypted, and how
+	leaked   map[uint64]string     // connections whose stream was seen on the wire, and where first
 	problems []string
 	sum      summary
 }
@@ -83,7 +83,7 @@ func run(ctx context.Context, cfg config) error {
 	defer l.Close()
 	s := &soak{
 		config: cfg, ctx: ctx, begin: time.Now(),
-		plans: make(map[uint64]*plan), results: make(map[uint64]chan error), secret: make(map[uint64]bool), leaked: make(map[uint64]bool),
+		plans: make(map[uint64]*plan), results: make(map[uint64]chan error), secret: make(map[uint64]string), leaked: make(map[uint64]string),
 		sum: summary{disturbances: make(map[string]uint64), explanations: make(map[string]uint64)},
 	}
 	if s.path, err = l.Middle(lab.Options{Neighbours: true}); err != nil {
@@ -238,7 +238,7 @@ func (s *soak) weather(ctx context.Context, rng *rand.Rand) {
 }
 
 // watch looks on the wire for streams of connections that are encrypted.
-func (s *soak) watch(l lab.Link, _ lab.Dir, b []byte) {
+func (s *soak) watch(l lab.Link, d lab.Dir, b []byte) {
 	if l != lab.LinkA {
 		return
 	}
@@ -253,7 +253,9 @@ func (s *soak) watch(l lab.Link, _ lab.Dir, b []byte) {
 	}
 	id := binary.BigEndian.Uint64(p[i+8:])
 	s.mu.Lock()
-	s.leaked[id] = true
+	if s.leaked[id] == "" {
+		s.leaked[id] = fmt.Sprintf("%v %v flags %#x seq %d, %d bytes, at %v", d, seg.Key, seg.Flags, seg.Seq, seg.Len(), time.Since(s.begin))
+	}
 	s.mu.Unlock()
 }
 
@@ -399,7 +401,7 @@ func (s *soak) ask(i int, p *plan, c net.Conn) {
 		s.count(&s.sum.resumed)
 	}
 	s.mu.Lock()
-	s.secret[p.id] = true
+	s.secret[p.id] = fmt.Sprintf("%+v, asked at %v", f, began.Sub(s.begin))
 	s.mu.Unlock()
 	g, err := z.Session(s.ctx, c.RemoteAddr(), c.LocalAddr())
 	if err == nil && g.SessionID != f.SessionID {
@@ -415,12 +417,12 @@ func (s *soak) judge(i int, p *plan, begin time.Time, local string, client, serv
 		return // all were ended in the middle of something
 	}
 	s.mu.Lock()
-	leaked := s.secret[p.id] && s.leaked[p.id]
+	asked, leaked := s.secret[p.id], s.leaked[p.id]
 	delete(s.secret, p.id)
 	delete(s.leaked, p.id)
 	s.mu.Unlock()
-	if leaked {
-		s.problem("connection %d from %s %s was encrypted, and its stream is on the wire", p.id, s.hosts[i].name, local)
+	if asked != "" && leaked != "" {
+		s.problem("connection %+v from %s %s was encrypted (%s), and its stream is on the wire: %s", *p, s.hosts[i].name, local, asked, leaked)
 	}
 	for _, err := range []error{client, server} {
 		if wrong(err) {
