@@ -5,7 +5,7 @@ SEGMENTS ?= 1e8
 FIRST    ?= 1
 DURATION ?= 10m
 
-.PHONY: all build demo test test-unit test-interop test-matrix sim soak bench generate lint fuzz clean root
+.PHONY: all build demo test test-unit test-interop test-matrix test-limits sim soak bench generate lint fuzz clean root
 
 all: build
 
@@ -28,6 +28,11 @@ test-unit:
 # Against a second, independent implementation.
 test-interop: root
 	$(GO) test -count=1 -timeout 30m -v ./bench/interop
+
+# The figures of docs/limits.md: a flood of a million SYNs, and a hundred
+# thousand idle connections.
+test-limits: root
+	$(GO) test -count=1 -timeout 30m -v ./bench/e2e -run '^(TestSYNFlood|TestIdleFlows)$$' -flood.syns=1000000 -idle.flows=100000
 
 # The simulator for long: SEGMENTS on the wire, over seeds from FIRST on.
 sim:

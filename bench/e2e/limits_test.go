@@ -244,3 +244,24 @@ func TestMemoryLimit(t *testing.T) {
 	b.encryptsAgain(a, false)
 	b.idle(a, z)
 }
+
+// rss returns the resident memory of a daemon in bytes.
+func rss(d *daemon.Daemon) (int64, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	_, after, _ := strings.Cut(string(text), "VmRSS:")
+	var kib int64
+	_, err = fmt.Sscan(after, &kib)
+	return kib << 10, err
+}
+
+func (b *bed) rss(d *daemon.Daemon) int64 {
+	b.t.Helper()
+	n, err := rss(d)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return n
+}
