@@ -86,15 +86,15 @@ type Host struct {
 
 	restoreQueues func() error // nil: nothing to put back
 
-	workers  []*worker
-	owners   *owners         // nil: there is one worker
-	pulses   []uint64        // of each worker, when watch last looked
-	shedding bool            // XDP passes SYNs
-	cache    *slowpath.Cache // nil: nothing is resumed
-	limiter  *slowpath.Limiter
-	pool     *agreement
-	policy   xdp.Policy
-	release  func() // lets the process's threads run anywhere again
+	workers []*worker
+	owners  *owners  // nil: there is one worker
+	pulses  []uint64 // of each worker, when watch last looked
+	shed    shedder
+	cache   *slowpath.Cache // nil: nothing is resumed
+	limiter *slowpath.Limiter
+	pool    *agreement
+	policy  xdp.Policy
+	release func() // lets the process's threads run anywhere again
 
 	link      chan error // the device is down or gone
 	innerLink chan error // the same of a gateway's inner one
@@ -613,7 +613,9 @@ func (h *Host) watch() {
 			h.err = fmt.Errorf("%s: %w", h.cfg.Inner, err)
 		case <-beat.C:
 			h.beat()
-			h.shed()
+			if err := h.shed.tick(time.Now(), h.diverter.Shed); err != nil {
+				h.log.Warn("SYNs still pass to the stack", "err", err)
+			}
 			if h.cache != nil {
 				h.cache.Expire(time.Since(h.start))
 			}
@@ -680,24 +682,6 @@ func (h *Host) memory(n int) int {
 		return h.cfg.Memory / n
 	}
 	return max(defaultMemory/n, minMemory)
-}
-
-// shed has XDP pass SYNs to the stack while a worker has too many half-open
-// flows: a flood of them costs what it would cost without the daemon, and the
-// time of the workers belongs to the flows that there are.
-func (h *Host) shed() {
-	crowded := false
-	for _, w := range h.workers {
-		crowded = crowded || w.crowded.Load()
-	}
-	if crowded == h.shedding {
-		return
-	}
-	if err := h.diverter.Shed(crowded); err != nil {
-		h.log.Warn("flood of SYNs", "err", err)
-		return
-	}
-	h.shedding = crowded
 }
 
 // beat tells the BPF programs that the daemon works, as long as the rounds of

@@ -80,24 +80,28 @@ func (s *slowSide) room() string {
 // stalled tells that the worker did not run for the given time.
 func (s *slowSide) stalled(gap time.Duration) {
 	s.m.Stalled()
+	s.waiting = slices.DeleteFunc(s.waiting, func(ev Event) bool { return s.tooOld(&ev) })
 	if gap >= beatStale {
 		s.h.log.Warn("the daemon was stopped or starved; new connections were not encrypted meanwhile", "for", gap.Round(time.Millisecond).String())
 	}
 }
 
-// outOfDate reports whether a frame is a SYN of a flow that is not known, which
-// came before the worker stalled. Since then a copy of it may have made a plain
-// connection, which must not be taken for a new one.
-func (s *slowSide) outOfDate(ev *Event) bool {
-	return ev.Flags&(packet.SYN|packet.ACK) == packet.SYN && !s.m.Opens(ev.Key)
+// tooOld reports whether an event is a SYN of a flow that is not known, which came
+// before the worker stalled, and counts it. Since then a copy of it may have made
+// a plain connection, which must not be taken for a new one.
+func (s *slowSide) tooOld(ev *Event) bool {
+	old := ev.Kind == SlowFrame && ev.Flags&(packet.SYN|packet.ACK) == packet.SYN && !s.m.Opens(ev.Key)
+	if old {
+		s.stale++
+	}
+	return old
 }
 
 // take queues the engine's events. Frames beyond the bound are shed, which
 // costs new connections only.
 func (s *slowSide) take(evs []Event) {
 	for _, ev := range evs {
-		if s.w.stalled && ev.Kind == SlowFrame && s.outOfDate(&ev) {
-			s.stale++
+		if s.w.stalled && s.tooOld(&ev) {
 			continue
 		}
 		if ev.Kind == SlowFrame && len(s.waiting) >= maxWaiting {
@@ -111,6 +115,8 @@ func (s *slowSide) take(evs []Event) {
 // round handles a vector of the waiting events and what is due, and reports
 // whether there was anything to do.
 func (s *slowSide) round(now time.Duration) bool {
+	// Once more: the thread may have stood still since the ports were looked at.
+	s.w.notice()
 	s.take(s.w.eng.Events())
 	at, due := s.m.Deadline()
 	if due = due && at <= now; due {
@@ -121,6 +127,11 @@ func (s *slowSide) round(now time.Duration) bool {
 		s.handle(&s.waiting[i], now)
 	}
 	s.waiting = s.waiting[:copy(s.waiting, s.waiting[n:])]
+	if n > 0 && s.m.Crowded() {
+		if err := s.h.shed.crowded(time.Now(), s.h.diverter.Shed); err != nil {
+			s.h.log.Warn("a flood of SYNs cannot be kept away", "err", err)
+		}
+	}
 	for i := range s.gone {
 		s.settle(&s.gone[i])
 	}

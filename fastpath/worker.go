@@ -101,14 +101,13 @@ type worker struct {
 	port      int    // that the worker receives from
 	tid       chan int
 
-	calls   chan func(*worker) // what other goroutines ask for, run on the worker's thread
-	wakeFD  int
-	asleep  atomic.Bool
-	pulse   atomic.Uint64 // counts rounds, for the heartbeat
-	stop    atomic.Bool
-	crowded atomic.Bool // too many flows are half-open
-	done    chan struct{}
-	err     error
+	calls  chan func(*worker) // what other goroutines ask for, run on the worker's thread
+	wakeFD int
+	asleep atomic.Bool
+	pulse  atomic.Uint64 // counts rounds, for the heartbeat
+	stop   atomic.Bool
+	done   chan struct{}
+	err    error
 
 	offload bool // the port completes TCP checksums
 	request func(d *xdp.Desc, start, offset uint16)
@@ -254,6 +253,7 @@ func (w *worker) run() {
 	for !w.stop.Load() {
 		w.st.rounds++
 		w.notice()
+		w.more = false
 		w.pulse.Add(1)
 		w.collect()
 		n := w.outerVector()
@@ -262,7 +262,6 @@ func (w *worker) run() {
 		n += w.handedOver()
 		w.timers()
 		busy := w.slow.round(w.now())
-		w.crowded.Store(w.slow.m.Crowded())
 		w.stalled = w.stalled && w.more
 		w.transmit()
 		w.publish()
@@ -294,7 +293,7 @@ func (w *worker) run() {
 func (w *worker) notice() {
 	now := w.now()
 	gap := now - w.looked
-	w.looked, w.more = now, false
+	w.looked = now
 	if gap < stallAfter {
 		return
 	}

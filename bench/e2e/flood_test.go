@@ -236,7 +236,9 @@ func TestSYNFlood(t *testing.T) {
 	if most > limit || most == 0 {
 		t.Errorf("%d half-open connections, at most %d are allowed", most, limit)
 	}
-	if highest > before+64<<20 {
+	// A half-open connection, and what the memory of those that ended takes
+	// until it is collected.
+	if highest > before+64<<20+int64(limit)*8<<10 {
 		t.Errorf("memory grew from %d to %d MiB", before>>20, highest>>20)
 	}
 	if st.Counters["bpf_xdp_syn_passed_shed"] == 0 {

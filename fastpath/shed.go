@@ -1,0 +1,52 @@
+package fastpath
+
+import (
+	"sync"
+	"time"
+)
+
+// How long XDP passes SYNs to the stack when there were too many: the first time,
+// and at most. It doubles when the next flood, or more of the same, comes within
+// floodEvery.
+const (
+	shedFirst  = 2 * time.Second
+	shedMost   = 32 * time.Second
+	floodEvery = time.Minute
+)
+
+// shedder has XDP pass SYNs from the wire to the stack while a worker has too
+// many half-open flows, and for a while after that: a flood then costs what it
+// would cost without the daemon, and the time of the workers belongs to the flows
+// that there are. Any goroutine may use it.
+type shedder struct {
+	mu    sync.Mutex
+	on    bool
+	since time.Time // when it was turned on
+	until time.Time
+	hold  time.Duration
+}
+
+// crowded is told by a worker that has too many half-open flows.
+func (s *shedder) crowded(now time.Time, set func(bool) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.on {
+		return nil
+	}
+	if s.hold = min(2*s.hold, shedMost); now.Sub(s.since) > floodEvery {
+		s.hold = shedFirst
+	}
+	s.on, s.since, s.until = true, now, now.Add(s.hold)
+	return set(true)
+}
+
+// tick ends it in time.
+func (s *shedder) tick(now time.Time, set func(bool) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.on || now.Before(s.until) {
+		return nil
+	}
+	s.on = false
+	return set(false)
+}
