@@ -772,7 +772,9 @@ func (e *Engine) outerLate(f *flow, s *packet.Segment) {
 		if f.state == flowReset && e.now-f.ended < resetQuiet && !offersENO(s) {
 			return
 		}
-		e.forget(f, false)
+		// Before the SYN gets to the local stack, where the socket of a flow that
+		// was aborted may still be.
+		e.forget(f, f.state == flowReset)
 		e.toSlow(packet.FromOuter, &s.Key, s.Flags, s.Frame)
 		return
 	}

@@ -81,6 +81,8 @@ type Host struct {
 	mtu      atomic.Int64 // of the interface
 	mtuLimit int          // largest packet that the sockets take
 
+	orphans map[packet.Key]bool // left by an earlier daemon, and could not be ended; fixed after the start
+
 	diagMu sync.Mutex
 	diag   *xdp.SocketDiag
 
@@ -113,7 +115,7 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	h := &Host{cfg: cfg, log: cfg.Log, start: time.Now(), done: make(chan struct{})}
+	h := &Host{cfg: cfg, log: cfg.Log, start: time.Now(), done: make(chan struct{}), orphans: make(map[packet.Key]bool)}
 	defer func() {
 		if err != nil {
 			h.detach()
@@ -564,6 +566,7 @@ func (h *Host) leftovers(g *xdp.Guard, left []xdp.FlowKey) {
 		if err := h.destroy(k); err != nil {
 			// The guard keeps it shut until it is gone.
 			h.log.Warn("a connection left by a killed daemon could not be ended", "flow", key.String(), "err", err)
+			h.orphans[key] = true
 			continue
 		}
 		if err := g.Delete(k); err != nil {

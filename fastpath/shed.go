@@ -9,9 +9,9 @@ import (
 // and at most. It doubles when the next flood, or more of the same, comes within
 // floodEvery.
 const (
-	shedFirst  = 2 * time.Second
-	shedMost   = 32 * time.Second
-	floodEvery = time.Minute
+	shedFirst  = 8 * time.Second
+	shedMost   = 64 * time.Second
+	floodEvery = 2 * time.Minute
 )
 
 // shedder has XDP pass SYNs from the wire to the stack while a worker has too

@@ -7,7 +7,7 @@ import (
 )
 
 // A flood is shed at once, for longer each time that it is there again, and for
-// the shortest time after a minute of peace.
+// the shortest time after two minutes of peace.
 func TestShedder(t *testing.T) {
 	var s shedder
 	var set []bool
@@ -38,7 +38,7 @@ func TestShedder(t *testing.T) {
 	}
 	now = now.Add(floodEvery)
 	flood()
-	want := []time.Duration{2, 4, 8, 16, 32, 32, 2}
+	want := []time.Duration{8, 16, 32, 64, 64, 64, 8}
 	for i := range want {
 		want[i] *= time.Second
 	}

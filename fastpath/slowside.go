@@ -32,6 +32,7 @@ type slowSide struct {
 	recent  []recentFlow // oldest first
 	reasons map[string]uint64
 	guarded map[packet.Key]bool // listed in the guard; true: encryption may be on
+	orphans map[packet.Key]bool // whose sockets could not be ended, without VLAN
 	gone    []packet.Key        // that the machine has forgotten, see settle
 }
 
@@ -50,11 +51,11 @@ type recentFlow struct {
 // newSlowSide makes the slow path of one of h's workers. With own, that worker
 // has a CPU of its own.
 func newSlowSide(h *Host, own bool) *slowSide {
-	s := &slowSide{h: h, reasons: make(map[string]uint64), guarded: make(map[packet.Key]bool)}
+	s := &slowSide{h: h, reasons: make(map[string]uint64), guarded: make(map[packet.Key]bool), orphans: make(map[packet.Key]bool)}
 	cfg := slowpath.Config{
 		TEPs: h.cfg.TEPs, AEADs: h.cfg.AEADs, Policy: h.cfg.policy(), MTU: h.pathMTU(),
 		Cache: h.cache, ResumeNonce: h.cfg.ResumeNonce, Offload: offloads(own), Limiter: h.limiter,
-		MaxHalfOpen: max(slowpath.DefaultMaxHalfOpen/len(h.place.cpus), minHalfOpen), Room: s.room,
+		MaxHalfOpen: max(slowpath.DefaultMaxHalfOpen/len(h.place.cpus), minHalfOpen), Room: s.room, Orphan: s.orphan,
 	}
 	if h.cfg.MaxHalfOpen != 0 {
 		cfg.MaxHalfOpen = max(h.cfg.MaxHalfOpen/len(h.place.cpus), 1)
@@ -75,6 +76,13 @@ func (s *slowSide) room() string {
 		return slowpath.ReasonMemory
 	}
 	return ""
+}
+
+// orphan is slowpath.Config.Orphan: the socket could not be ended, and is guarded
+// until it is gone.
+func (s *slowSide) orphan(k packet.Key) bool {
+	k.VLAN = 0
+	return s.orphans[k] || s.h.orphans[k]
 }
 
 // stalled tells that the worker did not run for the given time.
@@ -345,10 +353,15 @@ func (s *slowSide) unguard(k packet.Key, destroy bool) {
 	if destroy {
 		if err := s.h.destroy(k.Bytes()); err != nil {
 			s.h.log.Warn("socket of an aborted flow may be left", "flow", k.String(), "err", err)
+			k.VLAN = 0
+			s.orphans[k] = true
 			return
 		}
 	}
 	delete(s.guarded, k)
+	if s.orphan(k) {
+		return
+	}
 	if err := s.h.guard.Delete(k.Bytes()); err != nil {
 		s.h.log.Warn("flow is still guarded", "flow", k.String(), "err", err)
 	}

@@ -130,6 +130,10 @@ type Config struct {
 	// suboptions, 0 to 8. Less than 8 is for hosts that can rule out that
 	// their memory is ever restored or cloned (RFC 8548 section 3.5).
 	ResumeNonce int
+	// Orphan reports whether the socket of an encrypted connection that has ended
+	// may still be there: what it sends is plaintext of that, and must not leave.
+	// nil: any may be.
+	Orphan func(packet.Key) bool
 	// Room returns why no flow can be begun, or "" if one can; nil: there is
 	// always room.
 	Room func() (reason string)
@@ -137,7 +141,7 @@ type Config struct {
 	// Input but handed out as a Job; nil: none is.
 	Offload     func(crypto.TEP) bool
 	MTU         int           // IP MTU of the outer interface, bytes
-	MaxHalfOpen int           // most flows negotiated at a time, default 16384; SYNs from the wire may make three quarters
+	MaxHalfOpen int           // most flows negotiated at a time, default 16384; SYNs from the wire may make a quarter
 	Deadline    time.Duration // of the key exchange, default 3 s (T19)
 	RememberFor time.Duration // how long a failing peer is not offered ENO, default 60 s
 	// RememberPlainFor is how long a peer that answered without a usable ENO

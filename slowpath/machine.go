@@ -29,7 +29,7 @@ const (
 	initialRTO      = time.Second
 	offerIdle       = 10 * time.Second       // a SYN without an answer is given up
 	answerIdle      = 40 * time.Second       // longer than any pause between SYN-ACK copies of Linux
-	answerPressed   = 4 * time.Second        // the same when half of MaxHalfOpen is used
+	answerPressed   = 4 * time.Second        // the same when an eighth of MaxHalfOpen is used
 	challengePeriod = 500 * time.Millisecond // rate limit of answers to unacceptable segments (RFC 5961 section 7)
 	handedQuiet     = 500 * time.Millisecond // see Machine.afresh
 	maxSYNs         = 3                      // this copy of a SYN goes without ENO (T19)
@@ -220,8 +220,8 @@ func (m *Machine) Deadline() (at time.Duration, ok bool) {
 func (m *Machine) SetMTU(mtu int) { m.cfg.MTU = mtu }
 
 // Crowded reports whether SYNs from the wire begin no flow because there are too
-// many half-open ones. Some are left for connections of this host.
-func (m *Machine) Crowded() bool { return 4*len(m.flows) >= 3*m.cfg.MaxHalfOpen }
+// many half-open ones. Most are left for connections of this host.
+func (m *Machine) Crowded() bool { return 4*len(m.flows) >= m.cfg.MaxHalfOpen }
 
 func (m *Machine) room() string {
 	if m.cfg.Room == nil {

@@ -146,15 +146,20 @@ func (m *Machine) passiveInner(f *flow, s *packet.Segment) {
 		m.synAckCopy(f, s)
 	case f.phase == phaseListen && s.Flags&(packet.SYN|packet.ACK) == packet.SYN:
 		m.toPlain(f, s, packet.FromInner, ReasonSimultaneous)
-	case f.phase == phaseListen && s.Flags&(packet.SYN|packet.FIN|packet.ACK) == packet.ACK && s.Len() == 0:
-		// The socket of an older connection defends itself; the peer will
-		// reset it and try again.
+	case f.phase == phaseListen && s.Flags&(packet.SYN|packet.ACK) == packet.ACK && (m.wasPlain(f) || s.Len() == 0 && s.Flags&packet.FIN == 0):
+		// The socket of an older connection, which is plain, lives. An honest
+		// peer has forgotten it, will reset it and try again. But the SYN may
+		// be a late copy, or made up: it must not hold the connection up.
 		f.strayAck, f.hasStray = s.Ack, true
 		m.send(f.key, packet.FromInner, copyFrame(s))
 	default:
 		m.count(dropInner)
 	}
 }
+
+// wasPlain reports whether an older connection on the ports of the flow, of which
+// there is a socket, was plain: then what both sides say in it may pass.
+func (m *Machine) wasPlain(f *flow) bool { return m.cfg.Orphan != nil && !m.cfg.Orphan(f.key) }
 
 // answerSYN adds ENO to the inner stack's SYN-ACK.
 func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
@@ -187,7 +192,7 @@ func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
 // answerPatience is how long the first ACK is awaited: less when many are, which
 // may be a flood of SYNs.
 func (m *Machine) answerPatience() time.Duration {
-	if 2*len(m.flows) >= m.cfg.MaxHalfOpen {
+	if 8*len(m.flows) >= m.cfg.MaxHalfOpen {
 		return answerPressed
 	}
 	return answerIdle
@@ -271,6 +276,8 @@ func (m *Machine) remoteSYNCopy(f *flow, s *packet.Segment) {
 // answered.
 func (m *Machine) listenOuter(f *flow, s *packet.Segment) {
 	switch {
+	case f.hasStray && s.Flags&(packet.RST|packet.SYN) == 0 && m.wasPlain(f):
+		m.send(f.key, packet.FromOuter, copyFrame(s))
 	case s.Flags&packet.RST == 0:
 		m.count(dropUnacceptable)
 	case s.Seq == f.irs+1:
