@@ -29,6 +29,7 @@ const (
 	resetQuiet  = 500 * time.Millisecond
 	manyLinger  = 1 << 16
 	maxCtlTries = 8
+	ctlSize     = 512 // most control bytes of a segment that is sent again
 
 	// minOutMSS keeps an absurd MTU from cutting segments to nothing.
 	minOutMSS = 88
@@ -1048,7 +1049,13 @@ func (e *Engine) fire(f *flow, which int) {
 			return
 		}
 		e.runSeal()
-		e.xmit(f, from, to, f.outMSS, false, true)
+		size := f.outMSS
+		if f.ctlRTO > 2*max(minRTO, 3*f.rtt) {
+			// The path may swallow large segments, and nobody else finds
+			// out with these bytes.
+			size = min(size, ctlSize)
+		}
+		e.xmit(f, from, to, size, false, true)
 		f.ctlRTO = min(2*f.ctlRTO, minRTO<<(maxCtlTries+1))
 		e.arm(f, timerCtl, e.now+f.ctlRTO)
 	}

@@ -1342,6 +1342,30 @@ func TestRekeyAnswerRetransmission(t *testing.T) {
 	}
 }
 
+// Many answers that the path swallows in one segment are sent in small ones in
+// the end.
+func TestControlBytesInSmallPieces(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	for range 40 {
+		o := int64(r.sealed)
+		r.outer(seg{o: o, ack: -1, data: r.sealWith(crypto.ControlRekey, 0, nil)})
+	}
+	for try, most := range []int{1 << 16, 1 << 16, ctlSize, ctlSize} {
+		r.forget()
+		r.advance(time.Duration(minRTO << try))
+		got := 0
+		for _, p := range withData(r.outs) {
+			if p.Len() > most {
+				t.Errorf("try %d: a segment of %d bytes", try, p.Len())
+			}
+			got += p.Len()
+		}
+		if got == 0 {
+			t.Errorf("try %d: nothing is sent again", try)
+		}
+	}
+}
+
 // --- custody (T13) ---
 
 func TestCustodyResent(t *testing.T) {
