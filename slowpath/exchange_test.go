@@ -106,6 +106,22 @@ func TestReleaseTimestamp(t *testing.T) {
 	}
 }
 
+// The inner stack may have seen the second copy of the SYN only: nothing that it
+// is given later may look older than that.
+func TestTimestampOfSYNCopy(t *testing.T) {
+	s := newScript(t, Config{})
+	s.listening(crypto.TEPX25519)
+	s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: withENO(linuxSYN(1400, 1021, 0), s.peerENO)})
+	if p := s.one(SendInner); p.TSval != 1021 {
+		t.Fatalf("passed on %+v", p)
+	}
+	for _, f := range s.m.flows {
+		if f.tsRemote != 1021 {
+			t.Errorf("newest TSval %d, the inner stack was shown 1021", f.tsRemote)
+		}
+	}
+}
+
 // The last segment of a short stream overtakes Init1: its FIN is not lost.
 func TestFINAheadOfInit(t *testing.T) {
 	s := newScript(t, Config{})

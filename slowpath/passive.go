@@ -268,6 +268,9 @@ func (m *Machine) remoteSYNCopy(f *flow, s *packet.Segment) {
 	}
 	if opts, ok := m.inwardSYN(s, &o).apply(s.Options()); ok {
 		m.sendInward(f, s, opts)
+		if s.HasTS && packet.SeqDiff(s.TSval, f.tsRemote) > 0 {
+			f.tsRemote = s.TSval
+		}
 		f.expires = m.now + offerIdle
 	}
 }
