@@ -773,9 +773,7 @@ func (e *Engine) outerLate(f *flow, s *packet.Segment) {
 		if f.state == flowReset && e.now-f.ended < resetQuiet && !offersENO(s) {
 			return
 		}
-		// Before the SYN gets to the local stack, where the socket of a flow that
-		// was aborted may still be.
-		e.forget(f, f.state == flowReset)
+		e.forget(f, false)
 		e.toSlow(packet.FromOuter, &s.Key, s.Flags, s.Frame)
 		return
 	}

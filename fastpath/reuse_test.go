@@ -36,3 +36,22 @@ func TestReusedInOneVector(t *testing.T) {
 		})
 	}
 }
+
+// Flows that are gone are remembered for a while, and then forgotten.
+func TestLately(t *testing.T) {
+	var l lately
+	k, other := packet.Key{LPort: 1}, packet.Key{LPort: 2}
+	now := 10 * lateFor
+	l.add(k, now)
+	for ; now < 11*lateFor; now += lateFor / 4 {
+		if l.add(other, now); !l.has(k, now) {
+			t.Errorf("forgotten after %v", now-10*lateFor)
+		}
+	}
+	if now += lateFor / 2; !l.has(other, now) {
+		t.Errorf("forgotten within %v", lateFor)
+	}
+	if now += 5 * lateFor; l.has(other, now) {
+		t.Error("remembered for ever")
+	}
+}

@@ -32,6 +32,7 @@ type slowSide struct {
 	recent  []recentFlow // oldest first
 	reasons map[string]uint64
 	guarded map[packet.Key]bool // listed in the guard; true: encryption may be on
+	lately  lately
 	orphans map[packet.Key]bool // whose sockets could not be ended, without VLAN
 	gone    []packet.Key        // that the machine has forgotten, see settle
 }
@@ -79,10 +80,41 @@ func (s *slowSide) room() string {
 }
 
 // orphan is slowpath.Config.Orphan: the socket could not be ended, and is guarded
-// until it is gone.
+// until it is gone, or what it had sent may still be in the TAP's queue.
 func (s *slowSide) orphan(k packet.Key) bool {
 	k.VLAN = 0
-	return s.orphans[k] || s.h.orphans[k]
+	return s.orphans[k] || s.h.orphans[k] || s.lately.has(k, s.w.now())
+}
+
+// lately remembers flows that are gone, each for one to two times lateFor.
+type lately struct {
+	now, before map[packet.Key]bool
+	turned      time.Duration
+}
+
+const lateFor = 2 * time.Second
+
+func (l *lately) turn(now time.Duration) {
+	if now-l.turned < lateFor {
+		return
+	}
+	l.before, l.now = l.now, nil
+	if now-l.turned >= 2*lateFor {
+		l.before = nil
+	}
+	l.turned = now
+}
+
+func (l *lately) add(k packet.Key, now time.Duration) {
+	if l.turn(now); l.now == nil {
+		l.now = make(map[packet.Key]bool)
+	}
+	l.now[k] = true
+}
+
+func (l *lately) has(k packet.Key, now time.Duration) bool {
+	l.turn(now)
+	return l.now[k] || l.before[k]
 }
 
 // stalled tells that the worker did not run for the given time.
@@ -269,6 +301,9 @@ func (s *slowSide) handle(ev *Event, now time.Duration) {
 			s.remember(ev.Info)
 		}
 	case FlowGone:
+		k := ev.Key
+		k.VLAN = 0
+		s.lately.add(k, now)
 		s.m.Gone(ev.Key)
 		s.unguard(ev.Key, ev.Destroy)
 		s.undivert(ev.Key)

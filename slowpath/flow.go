@@ -49,6 +49,7 @@ type flow struct {
 	early         []byte // crossed: the peer's SYN-ACK, which came before ours left
 	strayAck      uint32 // passive: acknowledgement of an older connection's socket
 	hasStray      bool
+	wasPlain      bool // passive: an older connection on these ports, of which there may be a socket, was plain
 	unreachable   bool // an ICMP error came about the SYN or SYN-ACK
 
 	excused bool // this host did not run meanwhile

@@ -17,6 +17,7 @@ func (m *Machine) accept(s *packet.Segment) {
 		key: s.Key, policy: m.policy(&s.Key, packet.FromOuter), phase: phaseListen, since: m.now, expires: m.now + offerIdle,
 		irs: s.Seq, remote: readSYNOptions(s.Options()), tsRemote: s.TSval,
 	}
+	f.wasPlain = m.cfg.Orphan != nil && !m.cfg.Orphan(s.Key)
 	opts, ok := m.inwardSYN(s, &f.remote).apply(s.Options())
 	offer, reason := m.acceptable(f)
 	if reason == "" && !ok {
@@ -146,7 +147,7 @@ func (m *Machine) passiveInner(f *flow, s *packet.Segment) {
 		m.synAckCopy(f, s)
 	case f.phase == phaseListen && s.Flags&(packet.SYN|packet.ACK) == packet.SYN:
 		m.toPlain(f, s, packet.FromInner, ReasonSimultaneous)
-	case f.phase == phaseListen && s.Flags&(packet.SYN|packet.ACK) == packet.ACK && (m.wasPlain(f) || s.Len() == 0 && s.Flags&packet.FIN == 0):
+	case f.phase == phaseListen && s.Flags&(packet.SYN|packet.ACK) == packet.ACK && (f.wasPlain || s.Len() == 0 && s.Flags&packet.FIN == 0):
 		// The socket of an older connection, which is plain, lives. An honest
 		// peer has forgotten it, will reset it and try again. But the SYN may
 		// be a late copy, or made up: it must not hold the connection up.
@@ -156,10 +157,6 @@ func (m *Machine) passiveInner(f *flow, s *packet.Segment) {
 		m.count(dropInner)
 	}
 }
-
-// wasPlain reports whether an older connection on the ports of the flow, of which
-// there is a socket, was plain: then what both sides say in it may pass.
-func (m *Machine) wasPlain(f *flow) bool { return m.cfg.Orphan != nil && !m.cfg.Orphan(f.key) }
 
 // answerSYN adds ENO to the inner stack's SYN-ACK.
 func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
@@ -279,7 +276,7 @@ func (m *Machine) remoteSYNCopy(f *flow, s *packet.Segment) {
 // answered.
 func (m *Machine) listenOuter(f *flow, s *packet.Segment) {
 	switch {
-	case f.hasStray && s.Flags&(packet.RST|packet.SYN) == 0 && m.wasPlain(f):
+	case f.hasStray && s.Flags&(packet.RST|packet.SYN) == 0 && f.wasPlain:
 		m.send(f.key, packet.FromOuter, copyFrame(s))
 	case s.Flags&packet.RST == 0:
 		m.count(dropUnacceptable)
