@@ -416,8 +416,10 @@ func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
 	if !f.innerUp {
 		e.arm(f, timerInner, now+f.innerRTO)
 	}
-	if len(est.RxPending) > 0 {
-		e.consume(f, est.RxPending, source{})
+	if n := len(est.RxPending); n > 0 && e.consume(f, est.RxPending, source{}) < n && f.state == flowLive {
+		// These bytes were acknowledged: nobody will send them again.
+		e.abort(f, slowpath.ReasonLimit)
+		return
 	}
 	e.touch(f)
 	e.flush()

@@ -2,6 +2,7 @@ package fastpath
 
 import (
 	"bytes"
+	"math/rand/v2"
 	"testing"
 	"time"
 
@@ -18,6 +19,24 @@ func TestInstallWithoutMemory(t *testing.T) {
 	if len(resets(r.outs)) != 1 || len(resets(r.ins)) != 1 {
 		t.Errorf("%d and %d resets", len(resets(r.outs)), len(resets(r.ins)))
 	}
+	r.gone()
+}
+
+// What the slow path has acknowledged cannot be dropped: the flow ends instead.
+func TestPendingWithoutMemory(t *testing.T) {
+	r := newRig(t, rigConfig{engine: EngineConfig{Memory: 2 * slabSize}})
+	est := *r.est
+	est.Key.RPort++
+	_, sess := sessionPair(rand.New(rand.NewPCG(7, 7)), r.c.aead, 75)
+	est.Session = sess(crypto.RoleB)
+	for range 5 {
+		est.RxPending = append(est.RxPending, r.seal(0, content(0, 0, 10000))...)
+	}
+	r.e.Install(&est, r.now)
+	r.drain()
+	r.wantEnded(slowpath.ReasonLimit)
+	r.e.AbortAll(ReasonShutdown, r.now)
+	r.drain()
 	r.gone()
 }
 
