@@ -75,7 +75,7 @@ func (m *model) learnSYN(s *packet.Segment) {
 			ts = true
 		case o[0] == packet.OptWScale && len(o) == 3:
 			ws, c.peerShift = true, o[2]
-		case o[0] == packet.OptENO && m.shielded:
+		case o[0] == packet.OptENO && m.shielded && s.Flags&packet.ACK == 0:
 			m.fail("%s: a SYN with ENO", m.name)
 		}
 		return true
@@ -151,6 +151,13 @@ func (m *model) establish(wnd uint64) {
 	m.opening, m.synAt = opened, 0
 	m.max = 0
 	m.open(m.now, wnd)
+}
+
+// refuseSYN answers a SYN that there is no socket for.
+func (m *model) refuseSYN(s *packet.Segment) {
+	buf, _ := m.compose(&packet.Header{Ack: s.Seq + 1, Flags: packet.RST | packet.ACK}, 0)
+	(&xdp.VnetHdr{Flags: xdp.VnetNeedsCsum, CsumStart: uint16(m.tmpl.L4()), CsumOffset: 16}).Put(buf)
+	m.out(buf)
 }
 
 // refuse ends a connection that never opened.

@@ -703,7 +703,11 @@ func (m *model) input(buf []byte, now time.Duration) {
 	}
 	if m.reset {
 		// There is no socket any more: a reset where the packet wants it.
-		if s.Flags&packet.RST == 0 {
+		switch {
+		case s.Flags&packet.RST != 0:
+		case s.Flags&packet.ACK == 0:
+			m.refuseSYN(s)
+		default:
 			m.transmit(uint64(offOf(m.iss, s.Ack, m.una)), 0, packet.RST, false)
 		}
 		return
@@ -736,6 +740,12 @@ func (m *model) input(buf []byte, now time.Duration) {
 	}
 	if s.HasTS && m.cfg.ts {
 		if packet.SeqDiff(s.TSval, m.tsRecent) < 0 {
+			if m.shielded && o == 0 && n == 0 {
+				// The released ACK again, for a copy of the SYN-ACK that had
+				// been sent before (T18).
+				m.sendAck()
+				return
+			}
 			m.fail("%s: TSval went back from %d to %d", m.name, m.tsRecent, s.TSval)
 		}
 		if m.peer != nil && packet.SeqDiff(s.TSval, m.peer.tsSent) > 0 && m.peer.tsSent != 0 {

@@ -153,9 +153,12 @@ func (n *simNode) plainIn(b []byte, g *packet.Segment) {
 // refuse answers for a kernel that has no socket for a segment.
 func (n *simNode) refuse(b []byte, g *packet.Segment) {
 	s := n.s
-	if f := n.flows[g.Key]; g.Flags&(packet.RST|packet.ACK) == packet.ACK {
+	if f := n.flows[g.Key]; g.Flags&packet.RST == 0 {
 		x := s.getBuf(packet.MaxHeaders)
 		h := packet.Header{Seq: g.Ack, Flags: packet.RST}
+		if g.Flags&packet.ACK == 0 {
+			h = packet.Header{Ack: g.Seq + 1, Flags: packet.RST | packet.ACK}
+		}
 		x = x[:f.m[n.id].tmpl.Compose(x, &h, 0)]
 		packet.FullChecksum(x, g.L3, len(x)-packet.TCPLen, g.V6)
 		s.travel(n.id, x)
@@ -208,6 +211,7 @@ func (n *simNode) install(est *slowpath.Established) {
 		s.fail("node %d: %s has the session of %s", k, f.name, of.name)
 	}
 	s.ids[est.Session.ID()] = f
+	n.outputs() // of the slow path, before the monitor takes them for the engine's
 	keys := *est.Session
 	f.est[k], f.up[k] = est, true
 	m, w := f.m[k], f.wire[k]
@@ -280,7 +284,7 @@ func (s *sim) finishLives() {
 		switch {
 		case f.up[0] != f.up[1] && !reset:
 			s.fail("%s is encrypted on one side only", f.name)
-		case f.failed != "" && s.sc.quiet == 0:
+		case f.failed != "" && s.sc.quiet == 0 && !s.short():
 			s.fail("%s failed, though nothing was lost: %s", f.name, f.failed)
 		case s.sc.quiet == 0 && s.sc.daemon == [2]bool{true, true} && c.strip&(stripENO|stripENOAck) == 0 && !c.crossing && !f.up[0]:
 			s.fail("%s is not encrypted, and nothing hindered it", f.name)

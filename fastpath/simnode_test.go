@@ -192,8 +192,8 @@ func eachSegment(b []byte, each func([]byte)) {
 	}
 }
 
-// drain empties the engine's outputs.
-func (n *simNode) drain() {
+// outputs empties the engine's outputs. The engine calls it, too.
+func (n *simNode) outputs() {
 	s := n.s
 	if s.sc.virtual {
 		n.e.FinishOut(func(*xdp.Desc, uint16, uint16) {})
@@ -226,6 +226,11 @@ func (n *simNode) drain() {
 		n.toModel(b)
 	}
 	n.e.ClearIn()
+}
+
+// drain does that, and handles the engine's events.
+func (n *simNode) drain() {
+	n.outputs()
 	evs := n.e.Events()
 	if len(evs) == 0 {
 		return
@@ -254,7 +259,12 @@ func (n *simNode) event(ev *Event) {
 			n.m.Gone(ev.Key)
 			delete(n.divert, ev.Key)
 		}
-		if ev.Destroy {
+		if m := f.m[n.id]; m.opening == synSent {
+			// Its copy of the SYN begins the connection anew; here that is one
+			// that did not come about.
+			f.failed = "reset while opening"
+			m.refuse()
+		} else if ev.Destroy {
 			f.m[n.id].reset = true
 		} else if m := f.m[n.id]; m.eof && m.peer.eof {
 			// Its last ACK got lost for longer than the flow lingered.
@@ -300,6 +310,13 @@ func (n *simNode) toModel(b []byte) {
 		return
 	}
 	m := f.m[n.id]
+	if f.up[n.id] && f.gone[n.id] && m.done() {
+		// No socket any more.
+		if g.Flags&(packet.SYN|packet.ACK|packet.RST) == packet.SYN {
+			m.refuseSYN(&g)
+		}
+		return
+	}
 	if s.sc.gateway[n.id] && f.up[n.id] && g.Len() > m.cfg.rcvMSS {
 		s.fail("node %d: %d bytes in a segment to %s", n.id, g.Len(), f.name)
 	}

@@ -22,6 +22,10 @@ const (
 // in a row as chance may bring are nobody's fault, nor is the longest outage, and
 // before a connection is found guilty the worst of several twins counts.
 func (s *sim) stalled(pool *umemPool) string {
+	if s.sc.mayAbort && s.sc.net[0].attack+s.sc.net[1].attack > 0 {
+		// An attacker in the path can put both ends out of step, as in TCP.
+		return ""
+	}
 	free := s.badLuck()
 	base := make([]time.Duration, len(s.flows))
 	for twin := range stallTwins {
@@ -59,7 +63,7 @@ func (s *sim) badLuck() time.Duration {
 		pass *= (1 - c.loss) * (1 - c.corrupt) * (1 - c.tapLoss) * (1 - c.tapReadLoss)
 		outage += n.longest
 	}
-	rounds := 2.0
+	rounds := 4.0
 	if pass < 1 {
 		rounds += math.Log(stallChance) / math.Log(1-pass)
 	}

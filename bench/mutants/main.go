@@ -137,5 +137,6 @@ func (m *mutant) plant(root, tmp, segments string) (seed, why string, err error)
 	if !m.caught.Match(f[2]) {
 		return "", "", fmt.Errorf("seed %s complains of something else: %s", f[1], f[2])
 	}
-	return string(f[1]), string(m.caught.Find(f[2])), nil
+	by := m.caught.Find(f[2])
+	return string(f[1]), string(by[:min(len(by), 72)]), nil
 }
