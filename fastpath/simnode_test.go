@@ -259,7 +259,7 @@ func (n *simNode) event(ev *Event) {
 			n.m.Gone(ev.Key)
 			delete(n.divert, ev.Key)
 		}
-		if m := f.m[n.id]; m.opening == synSent {
+		if m := f.m[n.id]; m.opening != opened {
 			// Its copy of the SYN begins the connection anew; here that is one
 			// that did not come about.
 			f.failed = "reset while opening"
