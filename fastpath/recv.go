@@ -339,7 +339,12 @@ func (e *Engine) drainOOO(f *flow) {
 				return
 			}
 			if uint32(d) < n {
-				f.ooo[k].mark &^= markLead
+				// The rest waits for memory.
+				cut := uint32(skip) + uint32(d)
+				s.o, s.off, s.n = s.o+uint64(cut), s.off+cut, s.n-cut
+				s.mark &^= markLead
+				f.ooo[k] = s
+				f.oooBytes -= int(cut)
 				break
 			}
 		}

@@ -155,7 +155,7 @@ func TestMatrix(t *testing.T) {
 					continue
 				}
 				t.Run(fmt.Sprintf("%s, %v, %v, %v", c.CC, c.Host, c.Wire, c.Net), func(t *testing.T) {
-					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+					ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 					defer cancel()
 					r, err := p.Cell(ctx, c)
 					if err != nil {
