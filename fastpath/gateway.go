@@ -108,8 +108,12 @@ func (h *Host) bindGateway(m xdp.Mode, outer, inner []int, chunk int) error {
 	g, left, err := xdp.AttachGateway(xdp.GatewayConfig{
 		Ifindex: [2]int{xdp.Outer: h.caps.Ifindex, xdp.Inner: h.innerNIC.Ifindex}, Mode: m,
 		Frags:  multiBuffer(&h.caps, m, chunk) || multiBuffer(&h.innerNIC, m, chunk),
-		Policy: h.policy, Flows: h.maxFlows() + mapSlack, Heartbeat: beatStale, Forward: !h.cfg.Block,
+		Policy: h.policy, Flows: h.maxFlows() + mapSlack, Heartbeat: beatStale, Forward: !h.cfg.Block, Shut: h.left,
 	})
+	// They stay shut over all attempts, also where one takes the programs off.
+	if len(left) > 0 {
+		h.left = left
+	}
 	if err != nil {
 		return err
 	}

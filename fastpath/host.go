@@ -73,6 +73,7 @@ type Host struct {
 	bypass   *gatewayDiverter
 	inner    [][]port // in gateway mode, of each worker
 	innerNIC xdp.Capabilities
+	left     []xdp.FlowKey // of an earlier gateway's daemon
 	dead     deadFlows
 	guard    *xdp.Guard
 	queues   []QueueStatus

@@ -3,6 +3,7 @@ package xdp
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -67,6 +68,10 @@ type GatewayConfig struct {
 	// the Gateway with keep set: they go on to forward what is not encrypted, and
 	// keep what was encrypted shut. Otherwise nothing is forwarded then.
 	Forward bool
+
+	// Shut are connections that an earlier attempt returned: they are inserted
+	// before anything is forwarded.
+	Shut []FlowKey
 }
 
 // A Gateway is the pair of eBPF programs that makes two network cards a wire:
@@ -88,7 +93,8 @@ type Gateway struct {
 // AttachGateway loads and attaches the programs in the network namespace of the
 // calling thread, makes the cards receive what is for others, and leaves VLAN
 // tags in the packets. Programs that an earlier Gateway left are replaced without
-// a gap; the connections that it kept shut stay inserted and are returned. It
+// a gap; the connections that it kept shut stay inserted and are returned, with an
+// error too: the next attempt has to name them. It
 // needs CAP_BPF, CAP_NET_ADMIN and Linux 6.6.
 func AttachGateway(cfg GatewayConfig) (_ *Gateway, leftovers []FlowKey, err error) {
 	if err := checkKernel(); err != nil {
@@ -117,21 +123,29 @@ func AttachGateway(cfg GatewayConfig) (_ *Gateway, leftovers []FlowKey, err erro
 		return nil, nil, err
 	}
 	if leftovers, err = g.flows.adopt(); err != nil {
-		return nil, nil, err
+		return nil, leftovers, err
+	}
+	for _, key := range cfg.Shut {
+		if err := g.Insert(key); err != nil {
+			return nil, leftovers, err
+		}
+		if !slices.Contains(leftovers, key) {
+			leftovers = append(leftovers, key)
+		}
 	}
 	if err := errors.Join(g.SetPolicy(cfg.Policy), g.beat()); err != nil {
-		return nil, nil, err
+		return nil, leftovers, err
 	}
 	for side, card := range g.cards {
 		if err := g.collection.Maps["cards"].Put(uint32(side), uint32(card.Attrs().Index)); err != nil {
-			return nil, nil, fmt.Errorf("xdp: write eBPF map of devices: %w", err)
+			return nil, leftovers, fmt.Errorf("xdp: write eBPF map of devices: %w", err)
 		}
 		if err := g.prepare(card); err != nil {
-			return nil, nil, err
+			return nil, leftovers, err
 		}
 	}
 	if err := g.attach(cfg, frags, old); err != nil {
-		return nil, nil, err
+		return nil, leftovers, err
 	}
 	return g, leftovers, nil
 }
