@@ -99,29 +99,34 @@ func (e *Engine) tapIn() {
 }
 
 // Capture gives fn the packets that cfg selects, as they come, until ctx is done,
-// the host ends, or fn fails; it returns the error of fn. What this host makes has
-// the right TCP checksums, also where the device or the kernel fills them in
-// later. What fn is too slow for is lost, and counted. A super-segment that the local stack
-// hands down, or takes, is one packet.
-func (h *Host) Capture(ctx context.Context, cfg CaptureConfig, fn func(*Captured) error) error {
+// the host ends, or fn fails; it returns the error of fn, and how many packets fn
+// was too slow for: they are lost. Packets that came before ctx was done are given
+// to fn before Capture returns. What this host makes has the right TCP checksums,
+// also where the device or the kernel fills them in later. A super-segment that
+// the local stack hands down, or takes, is one packet.
+func (h *Host) Capture(ctx context.Context, cfg CaptureConfig, fn func(*Captured) error) (lost uint64, err error) {
 	cfg.Local, cfg.Remote = unmapped(cfg.Local), unmapped(cfg.Remote)
 	c := &capture{cfg: cfg, one: cfg.Local.IsValid() || cfg.Remote.IsValid(), queue: make(chan Captured, captureQueue)}
 	h.each(func(w *worker) { w.eng.captures = append(w.eng.captures, c) })
-	defer h.each(func(w *worker) {
-		w.eng.captures = slices.DeleteFunc(w.eng.captures, func(x *capture) bool { return x == c })
-	})
-	for {
+	for running := true; running && err == nil; {
 		select {
 		case p := <-c.queue:
-			if err := fn(&p); err != nil {
-				return err
-			}
+			err = fn(&p)
 		case <-ctx.Done():
-			return nil
+			running = false
 		case <-h.done:
-			return nil
+			running = false
 		}
 	}
+	h.each(func(w *worker) {
+		w.eng.captures = slices.DeleteFunc(w.eng.captures, func(x *capture) bool { return x == c })
+	})
+	// No engine fills the queue any more.
+	for err == nil && len(c.queue) > 0 {
+		p := <-c.queue
+		err = fn(&p)
+	}
+	return c.lost.Load(), err
 }
 
 func unmapped(a netip.AddrPort) netip.AddrPort {

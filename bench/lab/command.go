@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -33,10 +34,16 @@ type Cmd struct {
 	waited   chan struct{}
 }
 
+// outputGrace is how long Wait waits, once the process has ended, for others that
+// hold its output open: what sshd has forked for a session outlives it.
+const outputGrace = 5 * time.Second
+
 // Command returns a command that runs in the namespace; it is killed when ctx
 // is done.
 func (n *Namespace) Command(ctx context.Context, name string, args ...string) *Cmd {
-	return &Cmd{Cmd: exec.CommandContext(ctx, name, args...), ns: n, waited: make(chan struct{})}
+	c := &Cmd{Cmd: exec.CommandContext(ctx, name, args...), ns: n, waited: make(chan struct{})}
+	c.WaitDelay = outputGrace
+	return c
 }
 
 // Start starts the process in the namespace and does not wait for it.

@@ -174,13 +174,19 @@ func (l *Lab) teardown() error {
 	for i := len(atClose) - 1; i >= 0; i-- {
 		errs = append(errs, atClose[i]())
 	}
+	// All die before any is waited for: one may hold the output of another open.
 	for _, c := range cmds {
-		// The result of a process that is killed here interests nobody.
 		_ = c.Process.Kill()
-		_ = c.Wait()
 	}
 	if started {
 		killMarked(l.name)
+		for _, ns := range spaces {
+			killInside(ns)
+		}
+	}
+	for _, c := range cmds {
+		// The result of a process that is killed here interests nobody.
+		_ = c.Wait()
 	}
 	for i := len(spaces) - 1; i >= 0; i-- {
 		errs = append(errs, spaces[i].remove())
@@ -301,6 +307,28 @@ func killMarked(lab string) {
 				_ = unix.Kill(pid, unix.SIGKILL)
 				break
 			}
+		}
+	}
+}
+
+// killInside kills what runs in the namespace. A process may hide its mark: sshd
+// writes a title over its environment.
+func killInside(ns *Namespace) {
+	var here, there unix.Stat_t
+	if unix.Fstat(ns.FD(), &here) != nil {
+		return
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() || unix.Stat(filepath.Join("/proc", e.Name(), "ns/net"), &there) != nil {
+			continue
+		}
+		if here.Dev == there.Dev && here.Ino == there.Ino {
+			_ = unix.Kill(pid, unix.SIGKILL)
 		}
 	}
 }

@@ -22,13 +22,19 @@ import (
 )
 
 // A capture is a request like the others, answered by a line for each packet
-// until the client closes the connection: first an empty packet, which says that
-// the capture runs, or an error.
+// until the client closes its side of the connection: first an empty packet, which
+// says that the capture runs, or an error. The packets that came before that are
+// still answered, and then a line that ends the capture.
 
 // captured is a line of a running capture.
 type captured struct {
 	Packet *fastpath.Captured `json:"packet,omitempty"`
+	End    *captureEnd        `json:"end,omitempty"`
 	Error  string             `json:"error,omitempty"`
+}
+
+type captureEnd struct {
+	Lost uint64 `json:"lost"` // packets of the whole capture that were lost
 }
 
 // serveCapture answers one capture request.
@@ -51,12 +57,15 @@ func serveCapture(conn net.Conn, h host, req *request) {
 		_, _ = io.Copy(io.Discard, conn)
 		cancel()
 	}()
-	_ = h.Capture(ctx, cfg, func(p *fastpath.Captured) error {
+	lost, err := h.Capture(ctx, cfg, func(p *fastpath.Captured) error {
 		if !reply(conn, captured{Packet: p}) {
 			return net.ErrClosed
 		}
 		return nil
 	})
+	if err == nil {
+		reply(conn, captured{End: &captureEnd{Lost: lost}})
+	}
 }
 
 // captureSides are the interfaces of the file, in the order of their numbers.
@@ -173,18 +182,17 @@ func runCapture(ctx context.Context, control string, req request, path string, c
 		return sum, failuref("no daemon answers at %s: %w", control, err)
 	}
 	lines := json.NewDecoder(conn)
-	next := func() (*fastpath.Captured, error) {
-		var c captured
+	next := func() (c captured, err error) {
 		if err := lines.Decode(&c); err != nil {
-			return nil, err
+			return c, err
 		}
 		switch {
 		case c.Error != "":
-			return nil, failure{errors.New(c.Error)}
-		case c.Packet == nil:
-			return nil, failuref("the daemon at %s is of another version", control)
+			return c, failure{errors.New(c.Error)}
+		case c.Packet == nil && c.End == nil:
+			return c, failuref("the daemon at %s is of another version", control)
 		}
-		return c.Packet, nil
+		return c, nil
 	}
 	if _, err := next(); err != nil {
 		if f := (failure{}); errors.As(err, &f) {
@@ -206,14 +214,22 @@ func runCapture(ctx context.Context, control string, req request, path string, c
 	}
 	fmt.Fprintf(w, "capturing to %s\n", path)
 	start := time.Now()
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	// The daemon answers what it has captured so far, and how much it lost.
+	defer context.AfterFunc(ctx, func() {
+		_ = conn.SetReadDeadline(time.Now().Add(callTimeout))
+		_ = conn.CloseWrite()
+	})()
 	for count == 0 || sum.Packets < count {
-		p, err := next()
+		c, err := next()
 		if err != nil {
-			break // interrupted, or the daemon has ended
+			break // the daemon has ended, or hangs
 		}
-		sum.add(p)
-		if err := writeCaptured(ng, p); err != nil {
+		if c.End != nil {
+			sum.Lost = c.End.Lost
+			break
+		}
+		sum.add(c.Packet)
+		if err := writeCaptured(ng, c.Packet); err != nil {
 			return sum, failure{err}
 		}
 	}

@@ -383,7 +383,7 @@ func parseEndpoint(s string) (netip.AddrPort, error) {
 const callTimeout = 5 * time.Second
 
 // dialControl connects to the daemon at path, for callTimeout.
-func dialControl(path string) (net.Conn, error) {
+func dialControl(path string) (*net.UnixConn, error) {
 	deadline := time.Now().Add(callTimeout)
 	conn, err := (&net.Dialer{Deadline: deadline}).Dial("unix", path)
 	if err != nil {
@@ -396,7 +396,7 @@ func dialControl(path string) (net.Conn, error) {
 		return nil, failuref("no daemon answers at %s: %w", path, err)
 	}
 	_ = conn.SetDeadline(deadline)
-	return conn, nil
+	return conn.(*net.UnixConn), nil
 }
 
 // call asks the daemon at path.

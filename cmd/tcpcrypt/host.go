@@ -26,7 +26,7 @@ type host interface {
 	Rekey(local, remote netip.AddrPort) (int, error)
 	// Capture gives fn the selected packets until ctx is done, the host ends or
 	// fn fails.
-	Capture(ctx context.Context, cfg fastpath.CaptureConfig, fn func(*fastpath.Captured) error) error
+	Capture(ctx context.Context, cfg fastpath.CaptureConfig, fn func(*fastpath.Captured) error) (lost uint64, err error)
 	// Drain stops new offers and waits until no flow is encrypted any more;
 	// what is left when ctx is done is aborted.
 	Drain(ctx context.Context)

@@ -186,15 +186,15 @@ func (h *fakeHost) Status() fastpath.Status {
 	}
 }
 
-func (h *fakeHost) Capture(ctx context.Context, cfg fastpath.CaptureConfig, fn func(*fastpath.Captured) error) error {
+func (h *fakeHost) Capture(ctx context.Context, cfg fastpath.CaptureConfig, fn func(*fastpath.Captured) error) (lost uint64, err error) {
 	for i := range 3 {
 		p := fastpath.Captured{At: time.Unix(1, int64(i)), Inner: cfg.Inner, Out: i == 1, Len: 60 + i, Lost: uint64(i), Frame: make([]byte, 60)}
 		if err := fn(&p); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	<-ctx.Done()
-	return nil
+	return 5, nil
 }
 
 func (h *fakeHost) Flows() []fastpath.FlowInfo {
