@@ -102,11 +102,11 @@ var (
 	descLayer = prometheus.NewDesc("tcpcrypt_guard_layer_active",
 		"1 when a layer of the guard is in force.", []string{"layer", "persistent"}, nil)
 	descQueue = prometheus.NewDesc("tcpcrypt_queue_mode",
-		"Always 1: the mode that a NIC queue got.", []string{"queue", "worker", "mode"}, nil)
+		"Always 1: the mode that a NIC queue got.", []string{"interface", "queue", "worker", "mode"}, nil)
 	descRefused = prometheus.NewDesc("tcpcrypt_queue_mode_refused",
-		"Always 1: why a NIC queue did not get a better mode.", []string{"queue", "reason"}, nil)
+		"Always 1: why a NIC queue did not get a better mode.", []string{"interface", "queue", "reason"}, nil)
 	descHanded = prometheus.NewDesc("tcpcrypt_queue_handed_over_total",
-		"Packets of a NIC queue that went on to another worker, which has their flow.", []string{"queue", "worker"}, nil)
+		"Packets of a NIC queue that went on to another worker, which has their flow.", []string{"interface", "queue", "worker"}, nil)
 	descWorker = prometheus.NewDesc("tcpcrypt_worker_flows",
 		"Flows of a worker that are encrypted or closing.", []string{"worker", "cpu"}, nil)
 	descBuild = prometheus.NewDesc("tcpcrypt_build_info",
@@ -144,11 +144,11 @@ func (c hostCollector) Collect(metrics chan<- prometheus.Metric) {
 		gauge(descLayer, oneIf(l.Active), l.Layer, strconv.FormatBool(l.Persistent))
 	}
 	for _, q := range st.Queues {
-		gauge(descQueue, 1, strconv.Itoa(q.Queue), strconv.Itoa(q.Worker), q.Mode)
+		gauge(descQueue, 1, q.Interface, strconv.Itoa(q.Queue), strconv.Itoa(q.Worker), q.Mode)
 		if q.Refused != "" {
-			gauge(descRefused, 1, strconv.Itoa(q.Queue), q.Refused)
+			gauge(descRefused, 1, q.Interface, strconv.Itoa(q.Queue), q.Refused)
 		}
-		counter(descHanded, q.HandedOver, strconv.Itoa(q.Queue), strconv.Itoa(q.Worker))
+		counter(descHanded, q.HandedOver, q.Interface, strconv.Itoa(q.Queue), strconv.Itoa(q.Worker))
 	}
 	for _, w := range st.Workers {
 		gauge(descWorker, float64(w.Flows), strconv.Itoa(w.Worker), cpuName(w.CPU))

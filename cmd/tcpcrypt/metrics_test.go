@@ -10,6 +10,15 @@ import (
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
 )
 
+// fakeGateway has a queue of the same number on another interface.
+type fakeGateway struct{ fakeHost }
+
+func (g *fakeGateway) Status() fastpath.Status {
+	st := g.fakeHost.Status()
+	st.Queues = append(st.Queues, fastpath.QueueStatus{Interface: "inner0", CPU: -1, Mode: "copy"})
+	return st
+}
+
 func TestMetrics(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	m, err := listenMetrics("127.0.0.1:0", log)
@@ -21,7 +30,7 @@ func TestMetrics(t *testing.T) {
 	if _, err := listenMetrics(addr, log); err == nil || !strings.Contains(err.Error(), "address already in use") {
 		t.Errorf("the same address again: %v", err)
 	}
-	m.serve(&fakeHost{cfg: fastpath.HostConfig{Interface: "fake0"}})
+	m.serve(&fakeGateway{fakeHost{cfg: fastpath.HostConfig{Interface: "fake0"}}})
 
 	client := http.Client{Timeout: patience}
 	resp, err := client.Get("http://" + addr + "/metrics")
@@ -43,9 +52,10 @@ func TestMetrics(t *testing.T) {
 		`tcpcrypt_guard_active 0`,
 		`tcpcrypt_guard_layer_active{layer="netfilter",persistent="false"} 1`,
 		`tcpcrypt_guard_layer_active{layer="cgroup",persistent="false"} 0`,
-		`tcpcrypt_queue_mode{mode="copy",queue="0",worker="0"} 1`,
-		`tcpcrypt_queue_mode_refused{queue="0",reason="zerocopy: not supported"} 1`,
-		`tcpcrypt_queue_handed_over_total{queue="0",worker="0"} 5`,
+		`tcpcrypt_queue_mode{interface="fake0",mode="copy",queue="0",worker="0"} 1`,
+		`tcpcrypt_queue_mode_refused{interface="fake0",queue="0",reason="zerocopy: not supported"} 1`,
+		`tcpcrypt_queue_handed_over_total{interface="fake0",queue="0",worker="0"} 5`,
+		`tcpcrypt_queue_mode{interface="inner0",mode="copy",queue="0",worker="0"} 1`,
 		`tcpcrypt_worker_flows{cpu="-",worker="0"} 2`,
 		`tcpcrypt_build_info{`,
 		`go_goroutines `,
