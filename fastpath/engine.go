@@ -98,9 +98,11 @@ type EngineStats struct {
 	Challenges, ResetsIgnored                    uint64
 	ICMPIn, ICMPDropped                          uint64
 	ToSlow, Unknown                              uint64
-	// Segments with data that left in the chunk they had come in, and those
-	// whose data was copied, by direction.
-	InPlaceOut, CopiedOut, InPlaceIn, CopiedIn uint64
+	// Segments with data, by direction: those that left in the chunk they had
+	// come in, those that were copied because they are small (see smallPiece),
+	// and others that were copied.
+	InPlaceOut, SmallOut, CopiedOut uint64
+	InPlaceIn, SmallIn, CopiedIn    uint64
 }
 
 // EventKind says what happened to a flow.

@@ -34,15 +34,16 @@ type diverter interface {
 // gatewayDiverter is the diverter of a gateway.
 type gatewayDiverter struct {
 	*xdp.Gateway
-	keep bool // at the end: the bypass is on, or was before
+	keep bool // at the end: the programs are the bypass, or were before
 }
 
 // InsertSteered inserts a connection: where its packets come out is for the NICs
 // to decide.
 func (d *gatewayDiverter) InsertSteered(key xdp.FlowKey, _ int) error { return d.Insert(key) }
 
-// Close detaches the programs, or leaves them as the bypass.
-func (d *gatewayDiverter) Close() error { return d.Gateway.Close(d.keep) }
+// Close detaches the programs, or leaves them as the bypass. They stay, too, while
+// there are connections that nothing else keeps shut.
+func (d *gatewayDiverter) Close() error { return d.Gateway.Close(d.keep || d.Flows() > 0) }
 
 // pathMTU returns the MTU of the path, as far as it is here.
 func (h *Host) pathMTU() int {
@@ -117,15 +118,25 @@ func (h *Host) bindGateway(m xdp.Mode, outer, inner []int, chunk int) error {
 	if err != nil {
 		return err
 	}
-	h.gateway, h.bypass = g, &gatewayDiverter{Gateway: g, keep: g.Replaced() && !h.cfg.Block}
+	h.gateway, h.bypass = g, &gatewayDiverter{Gateway: g, keep: g.Replaced()}
 	h.diverter = h.bypass
-	register := func(side xdp.Side) func(int, *xdp.Socket) error {
-		return func(queue int, s *xdp.Socket) error { return g.RegisterSocket(side, queue, s) }
+	h.ports, h.inner = make([][]port, len(h.umems)), make([][]port, len(h.umems))
+	for side, nic := range []struct {
+		*xdp.Capabilities
+		queues []int
+		ports  [][]port
+	}{xdp.Outer: {&h.caps, outer, h.ports}, xdp.Inner: {&h.innerNIC, inner, h.inner}} {
+		register := func(queue int, s *xdp.Socket) error { return g.RegisterSocket(xdp.Side(side), queue, s) }
+		for w := range nic.ports {
+			if nic.ports[w], err = h.bindWorker(nic.Capabilities, w, m, nic.queues, chunk, register); err != nil {
+				return fmt.Errorf("%s: %w", nic.Interface, err)
+			}
+		}
+		for i, q := range nic.queues {
+			h.queues = append(h.queues, QueueStatus{Interface: nic.Interface, Queue: q, Worker: i % len(h.umems), Mode: m.String(), CPU: -1})
+		}
 	}
-	if h.ports, err = h.bindPorts(&h.caps, m, outer, chunk, register(xdp.Outer)); err != nil {
-		return err
-	}
-	if h.inner, err = h.bindPorts(&h.innerNIC, m, inner, chunk, register(xdp.Inner)); err != nil {
+	if left, err = g.Adopt(); err != nil {
 		return err
 	}
 	h.dead.add(left, h.diverter)
@@ -133,29 +144,6 @@ func (h *Host) bindGateway(m xdp.Mode, outer, inner []int, chunk int) error {
 		h.log.Info("connections whose encryption died with an earlier daemon are reset", "found", h.ended)
 	}
 	return nil
-}
-
-// bindPorts binds queues of a NIC and shares them out among the workers. What is
-// returned with an error was bound before.
-func (h *Host) bindPorts(nic *xdp.Capabilities, m xdp.Mode, queues []int, chunk int, register func(queue int, s *xdp.Socket) error) ([][]port, error) {
-	ports := make([][]port, len(h.umems))
-	for i, q := range queues {
-		w := i % len(h.umems)
-		s, err := xdp.NewSocket(h.umems[w], xdp.SocketConfig{
-			Ifindex: nic.Ifindex, Queue: q, Mode: m,
-			FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize, Reserve: txReserve,
-			MultiBuffer: multiBuffer(nic, m, chunk), BusyPoll: h.cfg.BusyPoll,
-		})
-		if err != nil {
-			return ports, fmt.Errorf("%s queue %d: %w", nic.Interface, q, err)
-		}
-		ports[w] = append(ports[w], port{queue: q, sock: s})
-		if err := register(q, s); err != nil {
-			return ports, err
-		}
-		h.queues = append(h.queues, QueueStatus{Interface: nic.Interface, Queue: q, Worker: w, Mode: s.Mode().String(), CPU: -1})
-	}
-	return ports, nil
 }
 
 // CleanupGateway removes what a gateway's daemon left on its two interfaces, and

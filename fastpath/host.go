@@ -403,7 +403,10 @@ func (h *Host) bindQueues(modes []xdp.Mode, queues []int, chunk int, refused str
 	h.queues = make([]QueueStatus, len(queues))
 	h.mode, h.mtuLimit = modes[0], xdp.MaxTAPMTU
 	for w := range h.umems {
-		mode, why, err := firstMode(modes, refused, func(m xdp.Mode) error { return h.bindWorker(w, m, queues, chunk) })
+		mode, why, err := firstMode(modes, refused, func(m xdp.Mode) (err error) {
+			h.ports[w], err = h.bindWorker(&h.caps, w, m, queues, chunk, h.local.RegisterSocket)
+			return err
+		})
 		if err != nil {
 			return err
 		}
@@ -435,33 +438,33 @@ func firstMode(modes []xdp.Mode, refused string, try func(xdp.Mode) error) (xdp.
 	return 0, "", errors.New(strings.Join(reasons, "; "))
 }
 
-// bindWorker binds the queues of one worker, all in one mode: they share its
-// packet memory.
-func (h *Host) bindWorker(w int, m xdp.Mode, queues []int, chunk int) (err error) {
+// bindWorker binds a worker's queues of a NIC, all in one mode: they share its
+// packet memory. register is told of each.
+func (h *Host) bindWorker(nic *xdp.Capabilities, w int, m xdp.Mode, queues []int, chunk int, register func(queue int, s *xdp.Socket) error) (ports []port, err error) {
 	defer func() {
 		if err != nil {
-			for i := range h.ports[w] {
-				_ = h.ports[w][i].sock.Close()
+			for i := range ports {
+				_ = ports[i].sock.Close()
 			}
-			h.ports[w] = nil
+			ports = nil
 		}
 	}()
 	for i := w; i < len(queues); i += len(h.umems) {
 		q := queues[i]
 		s, err := xdp.NewSocket(h.umems[w], xdp.SocketConfig{
-			Ifindex: h.caps.Ifindex, Queue: q, Mode: m,
+			Ifindex: nic.Ifindex, Queue: q, Mode: m,
 			FillSize: ringSize, CompletionSize: ringSize, RXSize: ringSize, TXSize: ringSize, Reserve: txReserve,
-			MultiBuffer: multiBuffer(&h.caps, m, chunk), BusyPoll: h.cfg.BusyPoll,
+			MultiBuffer: multiBuffer(nic, m, chunk), BusyPoll: h.cfg.BusyPoll,
 		})
 		if err != nil {
-			return fmt.Errorf("queue %d: %w", q, err)
+			return ports, fmt.Errorf("queue %d: %w", q, err)
 		}
-		h.ports[w] = append(h.ports[w], port{queue: q, sock: s})
-		if err := h.local.RegisterSocket(q, s); err != nil {
-			return err
+		ports = append(ports, port{queue: q, sock: s})
+		if err := register(q, s); err != nil {
+			return ports, err
 		}
 	}
-	return nil
+	return ports, nil
 }
 
 // multiBuffer reports whether packets may be larger than a chunk: by the MTU,
@@ -535,7 +538,7 @@ func (h *Host) openGuard() (*xdp.Guard, error) {
 func (h *Host) guardState() (state string, layers []GuardLayer) {
 	state, layers = "active", []GuardLayer{}
 	if h.gateway != nil {
-		return state, append(layers, GuardLayer{Layer: "gateway", Active: true, Persistent: !h.cfg.Block})
+		return state, append(layers, GuardLayer{Layer: "gateway", Active: true, Persistent: true})
 	}
 	if h.guard == nil {
 		state = GuardOff
@@ -979,6 +982,7 @@ func (h *Host) Stats() Stats {
 			}
 		}
 	})
+	c["diverted_flows"] = uint64(h.diverter.Flows())
 	if d, err := h.diverter.Counters(); err == nil {
 		for k, v := range d {
 			c["bpf_"+k] = v
@@ -1013,7 +1017,8 @@ func (s *EngineStats) add(c map[string]uint64) {
 		{"paws", s.PAWS}, {"bad_seq", s.BadSeq}, {"bad_ack", s.BadAck}, {"beyond_window", s.BeyondWindow}, {"over_budget", s.OverBudget}, {"duplicates", s.Duplicates},
 		{"out_of_order", s.OutOfOrder}, {"ooo_drops", s.OOODrops}, {"inner_gaps", s.InnerGaps}, {"inner_gap_drops", s.InnerGapDrops},
 		{"no_chunk", s.NoChunk}, {"no_memory", s.NoMemory}, {"challenge_acks", s.Challenges}, {"resets_ignored", s.ResetsIgnored},
-		{"in_place_out", s.InPlaceOut}, {"copied_out", s.CopiedOut}, {"in_place_in", s.InPlaceIn}, {"copied_in", s.CopiedIn},
+		{"in_place_out", s.InPlaceOut}, {"small_out", s.SmallOut}, {"copied_out", s.CopiedOut},
+		{"in_place_in", s.InPlaceIn}, {"small_in", s.SmallIn}, {"copied_in", s.CopiedIn},
 		{"icmp_in", s.ICMPIn}, {"icmp_dropped", s.ICMPDropped}, {"to_slow_path", s.ToSlow}, {"unknown_dropped", s.Unknown},
 	} {
 		c[x.name] += x.v

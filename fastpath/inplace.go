@@ -158,10 +158,18 @@ func (e *Engine) finishInnerChunk(f *flow, p *InnerPacket, h *packet.Header, n i
 		at += copy(b[at:], piece)
 	}
 	p.data = p.data[:0]
-	if n > 0 {
-		e.st.CopiedIn++
-	}
+	countCopy(n, &e.st.SmallIn, &e.st.CopiedIn)
 	e.pushInner(xdp.Desc{Addr: addr, Len: uint32(at)}, meta)
+}
+
+// countCopy counts a segment with n bytes of data that was copied.
+func countCopy(n int, small, large *uint64) {
+	switch {
+	case n >= smallPiece:
+		*large++
+	case n > 0:
+		*small++
+	}
 }
 
 // sendInnerChunk is SendInner for an inner port of AF_XDP.

@@ -373,9 +373,7 @@ func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 			e.st.InPlaceOut++
 		} else if p := e.newOuter(f, &h, n); p != nil {
 			e.copyStored(f, from, p, &e.outMeta[len(e.outMeta)-1])
-			if n > 0 {
-				e.st.CopiedOut++
-			}
+			countCopy(n, &e.st.SmallOut, &e.st.CopiedOut)
 		}
 		e.st.SegmentsOut++
 		if !fresh {

@@ -38,24 +38,12 @@ func (d *diversion) Delete(key FlowKey) error { return d.flows.delete(key) }
 func (d *diversion) SetPolicy(p Policy) error { return p.write(d.collection.Maps["policy"]) }
 
 // Enable says whether SYNs are diverted. Inserted connections are in any case.
-func (d *diversion) Enable(on bool) error {
-	value := uint64(0)
-	if on {
-		value = 1
-	}
-	return d.control(controlEnabled, value)
-}
+func (d *diversion) Enable(on bool) error { return d.turn(controlEnabled, on) }
 
 // Shed says whether SYNs from the wire pass to the stack although they offer
 // encryption, because there are too many already. Those that the policy requires
 // to be encrypted are then refused.
-func (d *diversion) Shed(on bool) error {
-	value := uint64(0)
-	if on {
-		value = 1
-	}
-	return d.control(controlShed, value)
-}
+func (d *diversion) Shed(on bool) error { return d.turn(controlShed, on) }
 
 // Flows returns how many connections are inserted. Any goroutine may call it.
 func (d *diversion) Flows() int { return int(d.flows.n.Load()) }
@@ -76,6 +64,15 @@ func (d *diversion) beat() error {
 		return fmt.Errorf("xdp: read clock: %w", err)
 	}
 	return d.control(controlBeat, uint64(now.Nano()))
+}
+
+// turn sets a control that is 0 or 1.
+func (d *diversion) turn(key uint32, on bool) error {
+	value := uint64(0)
+	if on {
+		value = 1
+	}
+	return d.control(key, value)
 }
 
 func (d *diversion) control(key uint32, value uint64) error {

@@ -225,11 +225,7 @@ func attachError(err error) error {
 func (d *Diverter) attachXDP(program *ebpf.Program, nic netlink.Link, mode Mode) error {
 	attach := func(flags link.XDPAttachFlags, mode Mode) error {
 		// Before the attachment: the first packet may come at once.
-		generic := uint64(0)
-		if mode == ModeGeneric {
-			generic = 1
-		}
-		if err := d.control(controlGeneric, generic); err != nil {
+		if err := d.turn(controlGeneric, mode == ModeGeneric); err != nil {
 			return err
 		}
 		l, err := link.AttachXDP(link.XDPOptions{Program: program, Interface: nic.Attrs().Index, Flags: flags})

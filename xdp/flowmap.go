@@ -65,18 +65,50 @@ func (m *flowMap) delete(key FlowKey) error {
 	return m.releasePair([32]byte(key[:32]))
 }
 
-// adopt takes over maps that list connections already, and returns those.
-func (m *flowMap) adopt() (keys []FlowKey, err error) {
+// keys lists the connections.
+func (m *flowMap) keys() (keys []FlowKey, err error) {
 	var key FlowKey
 	var value uint32
 	entries := m.flows.Iterate()
 	for entries.Next(&key, &value) {
 		keys = append(keys, key)
-		m.n.Add(1)
-		m.users[[32]byte(key[:32])]++
 	}
 	if err := entries.Err(); err != nil {
 		return nil, fmt.Errorf("xdp: list connections of an earlier process: %w", err)
+	}
+	return keys, nil
+}
+
+// adopt takes over what the maps list, whoever put it there, and returns the
+// connections. Address pairs that have none any more are unlisted.
+func (m *flowMap) adopt() ([]FlowKey, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	keys, err := m.keys()
+	if err != nil {
+		return nil, err
+	}
+	clear(m.users)
+	for _, key := range keys {
+		m.users[[32]byte(key[:32])]++
+	}
+	m.n.Store(int64(len(keys)))
+	var unused [][32]byte
+	var pair [32]byte
+	var value uint32
+	entries := m.pairs.Iterate()
+	for entries.Next(&pair, &value) {
+		if m.users[pair] == 0 {
+			unused = append(unused, pair)
+		}
+	}
+	if err := entries.Err(); err != nil {
+		return nil, fmt.Errorf("xdp: list address pairs of an earlier process: %w", err)
+	}
+	for _, pair := range unused {
+		if err := m.pairs.Delete(pair); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil, fmt.Errorf("xdp: delete address pair from eBPF map: %w", err)
+		}
 	}
 	return keys, nil
 }

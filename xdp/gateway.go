@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/asm"
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -64,9 +64,9 @@ type GatewayConfig struct {
 	Flows     int
 	Heartbeat time.Duration
 
-	// Forward leaves the programs on the cards when the process dies, or closes
+	// Forward says what the programs do when the process hangs or dies, or closes
 	// the Gateway with keep set: they go on to forward what is not encrypted, and
-	// keep what was encrypted shut. Otherwise nothing is forwarded then.
+	// keep what was encrypted shut. Otherwise they forward nothing then.
 	Forward bool
 
 	// Shut are connections that an earlier attempt returned: they are inserted
@@ -82,7 +82,6 @@ type GatewayConfig struct {
 // An inserted connection is named by the host on the inner side as local.
 type Gateway struct {
 	diversion
-	links    []link.Link // without GatewayConfig.Forward
 	cards    [2]netlink.Link
 	mode     Mode
 	fallback error
@@ -93,8 +92,10 @@ type Gateway struct {
 // AttachGateway loads and attaches the programs in the network namespace of the
 // calling thread, makes the cards receive what is for others, and leaves VLAN
 // tags in the packets. Programs that an earlier Gateway left are replaced without
-// a gap; the connections that it kept shut stay inserted and are returned, with an
-// error too: the next attempt has to name them. It
+// a gap, and stay when it fails, those that were replaced before it did as well;
+// the connections that they kept shut stay inserted and are returned, with an
+// error too: the next attempt has to name them. It fails with ErrXDPBusy when the
+// process of that Gateway lives or hangs. The programs outlive this process. It
 // needs CAP_BPF, CAP_NET_ADMIN and Linux 6.6.
 func AttachGateway(cfg GatewayConfig) (_ *Gateway, leftovers []FlowKey, err error) {
 	if err := checkKernel(); err != nil {
@@ -103,7 +104,7 @@ func AttachGateway(cfg GatewayConfig) (_ *Gateway, leftovers []FlowKey, err erro
 	g := &Gateway{diversion: diversion{heartbeat: cfg.Heartbeat > 0}}
 	defer func() {
 		if err != nil {
-			_ = g.Close(false)
+			_ = g.Close(g.replaced)
 		}
 	}()
 	frags := cfg.Frags
@@ -122,8 +123,8 @@ func AttachGateway(cfg GatewayConfig) (_ *Gateway, leftovers []FlowKey, err erro
 	if err := g.load(cfg, frags, old); err != nil {
 		return nil, nil, err
 	}
-	if leftovers, err = g.flows.adopt(); err != nil {
-		return nil, leftovers, err
+	if leftovers, err = g.flows.keys(); err != nil {
+		return nil, nil, err
 	}
 	for _, key := range cfg.Shut {
 		if err := g.Insert(key); err != nil {
@@ -193,6 +194,12 @@ func (g *Gateway) load(cfg GatewayConfig, frags bool, old *oldGateway) error {
 	return nil
 }
 
+// Adopt returns the connections that are inserted, those that an earlier Gateway
+// kept shut, and counts them as Flows from now on. It is to be called when all
+// sockets are registered: before, the programs may take this process for dead,
+// and let go of connections whose inner end begins anew.
+func (g *Gateway) Adopt() ([]FlowKey, error) { return g.flows.adopt() }
+
 // prepare makes a card receive the packets of others, with their VLAN tags.
 func (g *Gateway) prepare(card netlink.Link) error {
 	name := card.Attrs().Name
@@ -200,6 +207,8 @@ func (g *Gateway) prepare(card netlink.Link) error {
 		if err := netlink.SetPromiscOn(card); err != nil {
 			return fmt.Errorf("xdp: make %s promiscuous: %w", name, err)
 		}
+	}
+	if card.Attrs().Promisc == 0 || g.replaced {
 		g.undo = append(g.undo, func() error { return netlink.SetPromiscOff(card) })
 	}
 	tool, err := ethtool.NewEthtool()
@@ -233,7 +242,7 @@ func (g *Gateway) attach(cfg GatewayConfig, frags bool, old *oldGateway) error {
 	}
 	var err error
 	for i, mode := range modes {
-		if err = g.attachBoth(cfg.Forward, frags, mode, old); err == nil {
+		if err = g.attachBoth(frags, mode, old); err == nil {
 			g.mode = ModeCopy
 			if mode == ModeGeneric {
 				g.mode = ModeGeneric
@@ -250,42 +259,30 @@ func (g *Gateway) attach(cfg GatewayConfig, frags bool, old *oldGateway) error {
 	return err
 }
 
-func (g *Gateway) attachBoth(stay, frags bool, mode Mode, old *oldGateway) error {
+func (g *Gateway) attachBoth(frags bool, mode Mode, old *oldGateway) error {
 	for side := range g.cards {
 		name := "gateway_" + Side(side).String()
 		if frags {
 			name += "_frags"
 		}
-		if err := g.attachOne(Side(side), g.collection.Programs[name], stay, mode, old); err != nil {
-			g.unlink()
+		if err := g.attachOne(Side(side), g.collection.Programs[name], mode == ModeGeneric, old); err != nil {
 			return fmt.Errorf("xdp: attach to %s: %w", g.cards[side].Attrs().Name, err)
 		}
 	}
 	return nil
 }
 
-func (g *Gateway) attachOne(side Side, program *ebpf.Program, stay bool, mode Mode, old *oldGateway) error {
+// attachOne attaches by netlink, not by a link, which would end with the process.
+func (g *Gateway) attachOne(side Side, program *ebpf.Program, generic bool, old *oldGateway) error {
 	card := g.cards[side]
-	flags := link.XDPDriverMode
-	if mode == ModeGeneric {
-		flags = link.XDPGenericMode
-	}
-	var err error
-	if !stay {
+	flags := xdpFlags(generic)
+	if old.has[side] && old.generic[side] != generic {
 		old.detach(side)
-		var l link.Link
-		if l, err = link.AttachXDP(link.XDPOptions{Program: program, Interface: card.Attrs().Index, Flags: flags}); err == nil {
-			g.links = append(g.links, l)
-		}
-	} else {
-		how := int(flags)
-		if !old.has[side] {
-			how |= unix.XDP_FLAGS_UPDATE_IF_NOEXIST
-		} else if old.generic[side] != (mode == ModeGeneric) {
-			old.detach(side)
-		}
-		err = netlink.LinkSetXdpFdWithFlags(card, program.FD(), how)
 	}
+	if !old.has[side] {
+		flags |= unix.XDP_FLAGS_UPDATE_IF_NOEXIST
+	}
+	err := netlink.LinkSetXdpFdWithFlags(card, program.FD(), flags)
 	switch {
 	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):
 		return fmt.Errorf("%w (%s)", ErrXDPBusy, describeXDP(card))
@@ -294,27 +291,21 @@ func (g *Gateway) attachOne(side Side, program *ebpf.Program, stay bool, mode Mo
 	case err != nil:
 		return attachError(err)
 	}
-	if stay {
-		old.has[side] = true
-		old.generic[side] = mode == ModeGeneric
-		g.undo = append(g.undo, func() error { return detachXDP(card, mode == ModeGeneric) })
-	}
+	old.has[side] = true
+	old.generic[side] = generic
+	g.undo = append(g.undo, func() error { return detachXDP(card, generic) })
 	return nil
 }
 
-func detachXDP(card netlink.Link, generic bool) error {
-	flags := unix.XDP_FLAGS_DRV_MODE
+func xdpFlags(generic bool) int {
 	if generic {
-		flags = unix.XDP_FLAGS_SKB_MODE
+		return unix.XDP_FLAGS_SKB_MODE
 	}
-	return netlink.LinkSetXdpFdWithFlags(card, -1, flags)
+	return unix.XDP_FLAGS_DRV_MODE
 }
 
-func (g *Gateway) unlink() {
-	for _, l := range g.links {
-		_ = l.Close()
-	}
-	g.links = nil
+func detachXDP(card netlink.Link, generic bool) error {
+	return netlink.LinkSetXdpFdWithFlags(card, -1, xdpFlags(generic))
 }
 
 // RegisterSocket gives diverted packets of a receive queue of one card to s,
@@ -329,13 +320,16 @@ func (g *Gateway) RegisterSocket(side Side, queue int, s *Socket) error {
 // Counters returns how many packets met which verdict since AttachGateway, with
 // the side that they came from. Any goroutine may call it.
 func (g *Gateway) Counters() (map[string]uint64, error) {
-	var names []string
+	return readCounters(g.collection.Maps["counters"], gatewayCounterNames())
+}
+
+func gatewayCounterNames() (names []string) {
 	for _, side := range []Side{Outer, Inner} {
 		for _, name := range gatewayCounters {
 			names = append(names, side.String()+"_"+name)
 		}
 	}
-	return readCounters(g.collection.Maps["counters"], names)
+	return names
 }
 
 // Mode returns how XDP is attached: ModeGeneric or, for native, ModeCopy.
@@ -347,15 +341,16 @@ func (g *Gateway) Replaced() bool { return g.replaced }
 // Fallback returns why native XDP was refused under ModeAuto, or nil.
 func (g *Gateway) Fallback() error { return g.fallback }
 
-// Close detaches everything and puts the cards' settings back; with keep, and
-// GatewayConfig.Forward, everything stays as for a process that dies. No other
-// method may be running or called later.
+// Close detaches everything and puts the cards' settings back; with keep
+// everything stays as for a process that dies. No other method may be running or
+// called later.
 func (g *Gateway) Close(keep bool) error {
-	g.unlink()
 	var errs []error
 	if keep {
-		// The programs shall not wait for a process that is gone.
-		errs = append(errs, g.control(controlBeat, 0))
+		if g.collection != nil {
+			// The programs shall not wait for a process that is gone.
+			errs = append(errs, g.control(controlBeat, 0))
+		}
 	} else {
 		for i := len(g.undo) - 1; i >= 0; i-- {
 			errs = append(errs, g.undo[i]())
@@ -405,7 +400,7 @@ type oldGateway struct {
 }
 
 // findGateway looks for the programs of a Gateway on two cards. It fails with
-// ErrXDPBusy when their process lives.
+// ErrXDPBusy when their process lives or hangs.
 func findGateway(cards [2]netlink.Link) (*oldGateway, error) {
 	old := &oldGateway{cards: cards}
 	for side, card := range cards {
@@ -434,6 +429,31 @@ func findGateway(cards [2]netlink.Link) (*oldGateway, error) {
 	return old, nil
 }
 
+// served reports whether a process has a socket in a map of sockets: one that was
+// killed a moment ago does not any more. Only a program can look there.
+func served(sockets *ebpf.Map) (bool, error) {
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.XDP, License: "GPL", Instructions: asm.Instructions{
+		asm.StoreImm(asm.RFP, -4, 0, asm.Word), // a gateway has all queues, so this one
+		asm.Mov.Reg(asm.R2, asm.RFP),
+		asm.Add.Imm(asm.R2, -4),
+		asm.LoadMapPtr(asm.R1, sockets.FD()),
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "none"),
+		asm.Mov.Imm(asm.R0, 1),
+		asm.Return().WithSymbol("none"),
+	}})
+	if err != nil {
+		return false, fmt.Errorf("xdp: look for the sockets of an earlier gateway: %w", loadError(err))
+	}
+	defer program.Close()
+	for end := time.Now().Add(beatWait); ; time.Sleep(beatWait / 20) {
+		found, err := program.Run(&ebpf.RunOptions{Data: make([]byte, 14)})
+		if err != nil || found == 0 || time.Now().After(end) {
+			return found != 0, err
+		}
+	}
+}
+
 // xdpAttachedSKB is XDP_ATTACHED_SKB of linux/if_link.h.
 const xdpAttachedSKB = 2
 
@@ -444,6 +464,7 @@ func (o *oldGateway) adopt(program *ebpf.Program) (ours bool, err error) {
 		return false, nil
 	}
 	ids, _ := info.MapIDs()
+	var lives, hangs bool
 	for _, id := range ids {
 		m, err := ebpf.NewMapFromID(id)
 		if err != nil {
@@ -456,17 +477,25 @@ func (o *oldGateway) adopt(program *ebpf.Program) (ours bool, err error) {
 		switch {
 		case name == "flows" && o.flows == nil && m.KeySize() == KeySize:
 			o.flows = m
+			continue
 		case name == "pairs" && o.pairs == nil:
 			o.pairs = m
+			continue
 		case name == "control":
-			alive := beats(m)
-			m.Close()
-			if alive {
-				return false, fmt.Errorf("%w: that of another gateway, whose process lives", ErrXDPBusy)
-			}
-		default:
-			m.Close()
+			lives = beats(m)
+		case strings.HasSuffix(name, "_xsks"):
+			hangs, err = served(m)
 		}
+		m.Close()
+		if err != nil {
+			return false, err
+		}
+	}
+	switch {
+	case lives:
+		return false, fmt.Errorf("%w: that of another gateway, whose process lives", ErrXDPBusy)
+	case hangs:
+		return false, fmt.Errorf("%w: that of another gateway, whose process hangs", ErrXDPBusy)
 	}
 	return true, nil
 }

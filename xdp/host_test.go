@@ -109,9 +109,15 @@ type verdictCase struct {
 
 func runVerdicts(t *testing.T, c *ebpf.Collection, program string, cases []verdictCase) {
 	t.Helper()
+	runCounted(t, c, program, hostCounters, cases)
+}
+
+// runCounted runs a program whose counters have the given names.
+func runCounted(t *testing.T, c *ebpf.Collection, program string, counters []string, cases []verdictCase) {
+	t.Helper()
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
-			before, err := readCounters(c.Maps["counters"], hostCounters)
+			before, err := readCounters(c.Maps["counters"], counters)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -125,11 +131,11 @@ func runVerdicts(t *testing.T, c *ebpf.Collection, program string, cases []verdi
 			if got != tc.verdict {
 				t.Errorf("verdict %d, want %d", int32(got), int32(tc.verdict))
 			}
-			after, err := readCounters(c.Maps["counters"], hostCounters)
+			after, err := readCounters(c.Maps["counters"], counters)
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, name := range hostCounters {
+			for _, name := range counters {
 				want := before[name]
 				if name == tc.counter {
 					want++
@@ -156,6 +162,13 @@ func TestCounterNames(t *testing.T) {
 	}
 	if n := int(guard.Maps["guard_counters"].MaxEntries); n != len(guardCounters) {
 		t.Errorf("%d guard counters, %d names", n, len(guardCounters))
+	}
+	gateway, err := bpf.LoadGateway()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := int(gateway.Maps["counters"].MaxEntries); n != len(gatewayCounterNames()) {
+		t.Errorf("%d counters of a gateway, %d names", n, len(gatewayCounterNames()))
 	}
 }
 

@@ -94,7 +94,7 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.SortFlags = false
 	fs.StringVar(&s.iface, "interface", "", "encrypt the TCP connections of the network interface `IF`")
 	fs.StringVar(&s.inner, "inner-interface", "", "be a gateway for the hosts on the network interface `IF`, whose connections are encrypted on the other one")
-	fs.Var(&s.bypass, "bypass", "what a gateway does when the daemon has ended or died: forward what is not encrypted, until the next start or --cleanup, or block everything")
+	fs.Var(&s.bypass, "bypass", "what a gateway does when the daemon hangs, has died or has ended: forward what is not encrypted, until the next start or --cleanup, or block everything")
 	fs.Var(&s.mode, "mode", "how packets are received; all but auto fail when it cannot be had")
 	fs.Var(&s.queues, "queues", "receive queues of the interface, like 0-3,5, in the order in which workers take them (default all)")
 	fs.IntVar(&s.workers, "workers", 0, "threads that carry packets (default one for each queue, as far as there are CPU cores)")

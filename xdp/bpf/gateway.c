@@ -8,7 +8,8 @@
  *   outer wire -> gateway_outer -> AF_XDP -> process -> AF_XDP -> inner wire
  *   inner wire -> gateway_inner -> AF_XDP -> process -> AF_XDP -> outer wire
  *
- * The programs may outlive the process: what was encrypted stays shut then.
+ * The programs outlive the process if it does not end in order: what was encrypted
+ * stays shut then.
  */
 #include "divert.h"
 
@@ -56,7 +57,7 @@ struct {
 } counters SEC(".maps");
 
 /* Set before loading: the address of each card, as loaded, and whether nothing is
- * to pass while the process hangs. */
+ * to pass without the process. */
 const volatile __u32 mac_high[SIDES];
 const volatile __u16 mac_low[SIDES];
 const volatile bool block;
@@ -83,14 +84,26 @@ static __always_inline int to_socket(struct xdp_md *ctx, enum side from)
 	return bpf_redirect_map(&inner_xsks, ctx->rx_queue_index, XDP_DROP);
 }
 
+/* The sockets of a process that hangs are still there, those of one that died are
+ * not. */
+static __always_inline bool deserted(struct xdp_md *ctx, enum side from)
+{
+	__u32 queue = ctx->rx_queue_index;
+
+	if (from == OUTER)
+		return !bpf_map_lookup_elem(&outer_xsks, &queue);
+	return !bpf_map_lookup_elem(&inner_xsks, &queue);
+}
+
 static __always_inline int listed(struct xdp_md *ctx, enum side from, const struct packet *p)
 {
 	int sent;
 
 	if (stale()) {
 		/* The host behind begins anew: what used these ports is over.
-		 * Only that host can say so. */
-		if (from != INNER || !is_syn(p->flags))
+		 * Only that host can say so, and only of what no process has any
+		 * more: one that hangs goes on with all that it has listed. */
+		if (from != INNER || !is_syn(p->flags) || !deserted(ctx, from))
 			return count(from, COUNT_FLOW_STALE, XDP_DROP);
 		bpf_map_delete_elem(&flows, &p->key);
 		if (verdict(&p->key) == VERDICT_REQUIRE)
@@ -123,12 +136,11 @@ static __always_inline int translate(struct xdp_md *ctx, enum side from)
 	struct pair_key pair;
 	int kind;
 
-	if ((void *)(eth + 1) > end)
-		return forward(from, COUNT_FORWARDED);
-	if (block && stale())
-		return count(from, COUNT_BLOCKED, XDP_DROP);
-	if (*(__u32 *)&eth->h_dest[0] == mac_high[from] && *(__u16 *)&eth->h_dest[4] == mac_low[from])
+	if ((void *)(eth + 1) <= end && *(__u32 *)&eth->h_dest[0] == mac_high[from] &&
+	    *(__u16 *)&eth->h_dest[4] == mac_low[from])
 		return count(from, COUNT_LOCAL, XDP_PASS);
+	if (block && (stale() || deserted(ctx, from)))
+		return count(from, COUNT_BLOCKED, XDP_DROP);
 	kind = parse(data, end, from == INNER, &p);
 	switch (kind) {
 	case KIND_TCP:
