@@ -9,7 +9,7 @@ import (
 
 // The pipeline's fast path does not allocate per packet, in either direction.
 func TestPipeline(t *testing.T) {
-	rows, err := Pipeline(PipelineOptions{Payloads: []int{1440, IMIX}, Flows: []int{1, 64}, Bursts: []int{1, 16}, Workers: []int{1}})
+	rows, err := Pipeline(PipelineOptions{Payloads: []int{1440, MaxPayload, IMIX}, Flows: []int{1, 64}, Bursts: []int{1, 16}, Workers: []int{1}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,7 +24,7 @@ import (
 // does for one packet, in memory, without a port.
 type PipelineRow struct {
 	Direction string  `json:"direction"` // seal or open
-	Payload   int     `json:"payload"`   // data bytes of a packet, the mean of a mix
+	Payload   int     `json:"payload"`   // data bytes of a packet of the stack, the mean of a mix; see MaxPayload
 	Mix       string  `json:"mix,omitempty"`
 	Flows     int     `json:"flows"` // of each worker
 	Burst     int     `json:"burst"` // packets of a flow that come together; flows take turns in random order
@@ -48,6 +48,8 @@ type PipelineOptions struct {
 
 // Limits of what Pipeline takes.
 const (
+	// MaxPayload is as much as one jumbo frame carries. Packets of more than
+	// about 3600 bytes leave in several segments, since a chunk has 4096 bytes.
 	MaxPayload = 9000
 	MaxFlows   = 1 << 20
 	MaxBurst   = 40
@@ -158,6 +160,7 @@ type pipe struct {
 	a, b   end
 	sizes  []int
 	burst  int
+	batch  int        // packets that are worked on together
 	flows  []pipeFlow // in a random order
 	keys   [2][]*crypto.Key
 	next   int
@@ -172,8 +175,15 @@ type pipe struct {
 
 const (
 	pipeMSS   = 9000
-	pipeBatch = 240 // packets that are worked on together
+	pipeBatch = 240 // most packets that are worked on together
 )
+
+// pieces returns the number of segments that a packet of n bytes leaves in: what
+// is longer than a chunk is cut.
+func pieces(n, chunk int) int {
+	room := chunk - 2*packet.MaxHeaders - xdp.Headroom
+	return (n + crypto.Overhead + room - 1) / room
+}
 
 func newPipe(flows int, sizes []int, burst int) (*pipe, error) {
 	p := &pipe{sizes: sizes, burst: burst, now: time.Second, flows: make([]pipeFlow, flows)}
@@ -184,6 +194,8 @@ func newPipe(flows int, sizes []int, burst int) (*pipe, error) {
 	if slices.Max(sizes) > 1500 {
 		chunk = 4096
 	}
+	// The engine's outputs are emptied when all of a batch was worked on.
+	p.batch = pipeBatch / pieces(slices.Max(sizes), chunk)
 	for _, e := range []*end{&p.a, &p.b} {
 		u, err := xdp.NewUmem(xdp.UmemConfig{Chunks: 8192, ChunkSize: chunk, HugePages: true})
 		if err != nil {
@@ -214,7 +226,7 @@ func newPipe(flows int, sizes []int, burst int) (*pipe, error) {
 		p.flows[i] = pipeFlow{seq: 1001, key: uint32(i), sizeAt: uint8(i % len(sizes))}
 	}
 	rand.Shuffle(flows, func(i, j int) { p.flows[i], p.flows[j] = p.flows[j], p.flows[i] })
-	for range pipeBatch {
+	for range p.batch {
 		p.bufs = append(p.bufs, make([]byte, xdp.VnetHdrLen+packet.MaxHeaders+slices.Max(sizes)*p.burst))
 	}
 	return p, nil
@@ -296,7 +308,7 @@ func cpuTime() time.Duration {
 func (p *pipe) round() (seal, open time.Duration, packets int, err error) {
 	a, b := p.a.eng, p.b.eng
 	p.now += 100 * time.Microsecond
-	count := min(len(p.flows), max(1, pipeBatch/p.burst))
+	count := min(len(p.flows), max(1, p.batch/p.burst))
 	if p.next+count > len(p.flows) {
 		p.next = 0
 	}

@@ -114,7 +114,7 @@ func newBenchPipeline() *cobra.Command {
 	var o benchOutput
 	o.flags(cmd)
 	var p bench.PipelineOptions
-	payloads := cmd.Flags().StringSlice("payload", []string{"64", "512", "1440", "imix"}, "data bytes of a packet, or imix")
+	payloads := cmd.Flags().StringSlice("payload", []string{"64", "512", "1440", "9000", "imix"}, "data bytes of a packet, or imix")
 	cmd.Flags().IntSliceVar(&p.Flows, "flows", []int{1, 1000, 100000}, "flows of a worker, which take turns in random order")
 	cmd.Flags().IntSliceVar(&p.Bursts, "burst", []int{1, 16}, "packets of a flow that come together")
 	cmd.Flags().IntSliceVar(&p.Workers, "workers", []int{1}, "threads that work at once")
