@@ -50,9 +50,10 @@ soak: root build
 
 # The program on network cards with zero-copy, which are emulated: needs apt for
 # the emulator and a kernel, which go to .cache, but neither root nor KVM.
-# REFUSE=1 gives it cards that refuse zero-copy: then it must fail.
+# REFUSE=1 gives it cards that refuse zero-copy: then it must fail. ONLY=hosts and
+# ONLY=gateway run one part.
 test-zerocopy:
-	$(GO) run ./bench/vm/zerocopy $(if $(REFUSE),-refuse)
+	$(GO) run ./bench/vm/zerocopy $(if $(REFUSE),-refuse) $(if $(ONLY),-only $(ONLY))
 
 # Every cell of the matrix of paths and hosts, plain and encrypted, and longer
 # transfers under random loss; rewrites docs/matrix.md.

@@ -34,18 +34,25 @@ const (
 	VirtioPlain Card = "virtio-net-plain"
 )
 
-// device is what QEMU is told of a card.
-func (c Card) device() ([]string, error) {
+// device is what QEMU is told of the i-th card of a guest.
+func (c Card) device(i int) ([]string, error) {
 	switch c {
 	case IGB:
 		// A PCI Express device, which wants a root port.
-		return []string{"-device", "pcie-root-port,id=root1,chassis=1,slot=1", "-device", "igb,bus=root1,"}, nil
+		return []string{"-device", fmt.Sprintf("pcie-root-port,id=root%d,chassis=%d,slot=%d", i, i+1, i+1), "-device", fmt.Sprintf("igb,bus=root%d,", i)}, nil
 	case Virtio:
 		return []string{"-device", "virtio-net-pci,iommu_platform=on,disable-legacy=on,"}, nil
 	case VirtioPlain:
 		return []string{"-device", "virtio-net-pci,disable-legacy=on,"}, nil
 	}
 	return nil, fmt.Errorf("unknown card %q", c)
+}
+
+// NIC is a network card of a guest.
+type NIC struct {
+	Card Card
+	MAC  string
+	Wire *os.File // a connected stream socket: the other end of the cable
 }
 
 // Options say what a guest is like.
@@ -55,9 +62,7 @@ type Options struct {
 	Dir    string // for its console's log
 	CPUs   int
 	Memory int // MiB
-	Card   Card
-	MAC    string
-	Wire   *os.File // a connected stream socket: the other end of the cable
+	NICs   []NIC
 }
 
 // Wire returns the two ends of a cable.
@@ -86,11 +91,19 @@ type Guest struct {
 // Boot starts a guest; Call waits until its agent runs. It ends with ctx, and
 // with this process.
 func Boot(ctx context.Context, i *Image, o Options) (*Guest, error) {
-	device, err := o.Card.device()
-	if err != nil {
-		return nil, err
+	const firstWire = 4 // descriptor of the first cable, after the monitor's
+	var devices []string
+	var wires []*os.File
+	for n, nic := range o.NICs {
+		device, err := nic.Card.device(n)
+		if err != nil {
+			return nil, err
+		}
+		device[len(device)-1] += fmt.Sprintf("netdev=wire%d,romfile=,mac=%s", n, nic.MAC)
+		devices = append(devices, "-netdev", fmt.Sprintf("stream,id=wire%d,server=off,addr.type=fd,addr.str=%d", n, firstWire+n))
+		devices = append(devices, device...)
+		wires = append(wires, nic.Wire)
 	}
-	device[len(device)-1] += "netdev=wire,romfile=,mac=" + o.MAC
 	g := &Guest{Name: o.Name, Console: filepath.Join(o.Dir, o.Name+".log"), ended: make(chan struct{})}
 	monitor, ours, err := Wire()
 	if err != nil {
@@ -115,11 +128,10 @@ func Boot(ctx context.Context, i *Image, o Options) (*Guest, error) {
 		"-kernel", i.Kernel, "-initrd", o.Initrd, "-append", "console=ttyS0 quiet panic=-1 net.ifnames=0 clocksource=hpet no_timer_check nowatchdog",
 		"-serial", "file:" + g.Console, "-chardev", "stdio,id=agent,signal=off", "-serial", "chardev:agent",
 		"-chardev", "socket,id=monitor,fd=3", "-mon", "chardev=monitor,mode=control",
-		"-netdev", "stream,id=wire,server=off,addr.type=fd,addr.str=4",
 	}
-	g.cmd = exec.CommandContext(ctx, filepath.Join(i.root, "usr/lib64/ld-linux-x86-64.so.2"), append(args, device...)...)
+	g.cmd = exec.CommandContext(ctx, filepath.Join(i.root, "usr/lib64/ld-linux-x86-64.so.2"), append(args, devices...)...)
 	g.cmd.Env = append(os.Environ(), "QEMU_MODULE_DIR="+filepath.Join(lib, "qemu"))
-	g.cmd.ExtraFiles = []*os.File{monitor, o.Wire}
+	g.cmd.ExtraFiles = append([]*os.File{monitor}, wires...)
 	g.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var stderr strings.Builder
 	g.cmd.Stderr = &stderr
@@ -189,6 +201,9 @@ func (g *Guest) Call(ctx context.Context, req Request) (*Response, error) {
 	return &resp, nil
 }
 
+// Greeted reports whether the agent was ever ready.
+func (g *Guest) Greeted() bool { return g.ready }
+
 // why is err, or that time was over, with the end of the console's log.
 func (g *Guest) why(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
@@ -207,9 +222,9 @@ func (g *Guest) LastLines(n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
 
-// SetCarrier plugs the cable in or out.
+// SetCarrier plugs the cable of the first card in or out.
 func (g *Guest) SetCarrier(up bool) error {
-	return g.monitor("set_link", map[string]any{"name": "wire", "up": up})
+	return g.monitor("set_link", map[string]any{"name": "wire0", "up": up})
 }
 
 // monitor gives QEMU a command and waits for the answer.

@@ -8,6 +8,8 @@ const Greeting = "agent-ready\n"
 type Request struct {
 	Op string `json:"op"`
 
+	Cards int `json:"cards,omitempty"` // "hello": how many there must be
+
 	// "exec" runs Args[0] with the others and waits for it; "start" starts the
 	// daemon and waits until it is ready; "stop" ends it with SIGTERM, "kill"
 	// with SIGKILL.
@@ -38,19 +40,24 @@ type Response struct {
 	Stderr string `json:"stderr,omitempty"` // "exec", and what the daemon has logged since the last "start"
 	Code   int    `json:"code,omitempty"`   // exit code
 
-	Bytes     int64             `json:"bytes,omitempty"`      // "open": exchanged, both directions together, compared byte by byte
-	Sockets   []SocketInfo      `json:"sockets,omitempty"`    // "sockets": AF_XDP sockets of the daemon
-	Counters  map[string]uint64 `json:"counters,omitempty"`   // "counters": of the driver
-	Threads   []ThreadInfo      `json:"threads,omitempty"`    // "threads": of the daemon
-	Interface string            `json:"interface,omitempty"`  // "hello": the network card
-	Driver    string            `json:"driver,omitempty"`     // "hello": its driver
-	Queues    int               `json:"queues,omitempty"`     // "hello": its receive queues
-	Kernel    string            `json:"kernel,omitempty"`     // "hello"
-	CPUs      int               `json:"cpus,omitempty"`       // "hello"
-	XDP       bool              `json:"xdp,omitempty"`        // "attached": an XDP program
-	Devices   []string          `json:"devices,omitempty"`    // "attached": all network devices
-	Bound     []int             `json:"bound,omitempty"`      // "attached": queues with AF_XDP sockets
-	Failed    []string          `json:"not_loaded,omitempty"` // "hello": modules that could not be loaded
+	Bytes    int64             `json:"bytes,omitempty"`      // "open": exchanged, both directions together, compared byte by byte
+	Sockets  []SocketInfo      `json:"sockets,omitempty"`    // "sockets": AF_XDP sockets of the daemon
+	Counters map[string]uint64 `json:"counters,omitempty"`   // "counters": of the driver
+	Threads  []ThreadInfo      `json:"threads,omitempty"`    // "threads": of the daemon
+	Cards    []CardInfo        `json:"cards,omitempty"`      // "hello": the network cards, by MAC address
+	Kernel   string            `json:"kernel,omitempty"`     // "hello"
+	CPUs     int               `json:"cpus,omitempty"`       // "hello"
+	XDP      bool              `json:"xdp,omitempty"`        // "attached": an XDP program
+	Devices  []string          `json:"devices,omitempty"`    // "attached": all network devices
+	Bound    []int             `json:"bound,omitempty"`      // "attached": queues with AF_XDP sockets
+	Failed   []string          `json:"not_loaded,omitempty"` // "hello": modules that could not be loaded
+}
+
+// CardInfo is a network card, as its driver tells of it.
+type CardInfo struct {
+	Interface string `json:"interface"`
+	Driver    string `json:"driver"`
+	Queues    int    `json:"queues"` // for receiving
 }
 
 // SocketInfo is an AF_XDP socket, as the kernel tells of it.

@@ -1,10 +1,9 @@
 package main
 
 import (
-	"errors"
+	"bytes"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -16,24 +15,37 @@ import (
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
 )
 
-// describeCard finds the network card.
-func describeCard(resp *vm.Response) error {
-	deadline := time.Now().Add(patience)
-	for {
-		if devices, err := filepath.Glob("/sys/class/net/*/device"); err == nil && len(devices) > 0 {
-			resp.Interface = filepath.Base(filepath.Dir(devices[0]))
+// describeCards finds the network cards, so many of them.
+func describeCards(n int, resp *vm.Response) error {
+	var cards []netlink.Link
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		cards = cards[:0]
+		links, err := netlink.LinkList()
+		if err != nil {
+			return err
+		}
+		for _, l := range links {
+			if _, err := os.Stat("/sys/class/net/" + l.Attrs().Name + "/device"); err == nil {
+				cards = append(cards, l)
+			}
+		}
+		if len(cards) == n {
 			break
 		}
 		if time.Now().After(deadline) {
-			return errors.New("no network card")
+			return fmt.Errorf("%d network cards, not %d", len(cards), n)
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
-	c, err := xdp.Probe(resp.Interface)
-	if err != nil {
-		return err
+	slices.SortFunc(cards, func(a, b netlink.Link) int {
+		return bytes.Compare(a.Attrs().HardwareAddr, b.Attrs().HardwareAddr)
+	})
+	for _, l := range cards {
+		c, err := xdp.Probe(l.Attrs().Name)
+		if err != nil {
+			return err
+		}
+		resp.Cards = append(resp.Cards, vm.CardInfo{Interface: c.Interface, Driver: c.Driver, Queues: c.RXQueues})
 	}
-	resp.Driver, resp.Queues = c.Driver, c.RXQueues
 	return nil
 }
 

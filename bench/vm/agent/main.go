@@ -160,7 +160,7 @@ func (a *agent) carryOut(req *vm.Request, resp *vm.Response) error {
 			return err
 		}
 		resp.Kernel, resp.CPUs, resp.Failed = strings.TrimSpace(string(release)), runtime.NumCPU(), a.failed
-		return describeCard(resp)
+		return describeCards(req.Cards, resp)
 	case "exec":
 		cmd := exec.Command(req.Args[0], req.Args[1:]...)
 		var stdout, stderr strings.Builder

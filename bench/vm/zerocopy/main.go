@@ -21,6 +21,7 @@ import (
 func main() {
 	cache := flag.String("cache", ".cache/zerocopy", "`folder` for the packages of the emulator and the kernel")
 	refuse := flag.Bool("refuse", false, "give the guests cards that refuse zero-copy: the test must fail")
+	only := flag.String("only", "", "run one `part` of it: hosts or gateway")
 	report := flag.String("report", "", "write what doctor said in the guests to a `file`")
 	keep := flag.String("logs", "", "keep the guests' logs in a `folder`")
 	flag.Parse()
@@ -29,7 +30,7 @@ func main() {
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
-	t := &tester{start: time.Now(), refuse: *refuse}
+	t := &tester{start: time.Now(), refuse: *refuse, only: *only}
 	err := t.run(ctx, *cache, *keep)
 	t.print(os.Stdout)
 	if *report != "" {
