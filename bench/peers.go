@@ -44,8 +44,8 @@ var peerVariants = []wireVariant{
 	{name: "wireguard-go", over: &peerKind{program: "wireguard-go", open: overWireGuard}},
 }
 
-// Peers measures what Wire does, and in the same rotation every other protection
-// of connections that is installed. It says through o.Log what is not.
+// Peers measures what Wire does between hosts, and in the same rotation every other
+// protection of connections that is installed. It says through o.Log what is not.
 func Peers(ctx context.Context, o WireOptions) ([]WireRow, error) {
 	vs := append([]wireVariant(nil), wireVariants...)
 	for _, v := range peerVariants {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -21,10 +22,10 @@ import (
 // WireRow is one figure of the Wire suite: two hosts in namespaces of this
 // machine, joined by a veth, on the kernel's own TCP.
 type WireRow struct {
-	Variant   string  `json:"variant"` // plain, plain-nooffload, tcpcrypt; of the Peers suite also those of peers
+	Variant   string  `json:"variant"` // plain, plain-nooffload, tcpcrypt, bridge, gateway; of the Peers suite the first three and those of peers
 	Streams   int     `json:"streams"`
 	Gbps      float64 `json:"gbps"`
-	CPUPerGB  float64 `json:"cpu_s_per_gb"` // busy CPU seconds of the machine, both hosts together
+	CPUPerGB  float64 `json:"cpu_s_per_gb"` // busy CPU seconds of the machine, both hosts and what is between them together
 	RTTp50    float64 `json:"rtt_p50_us"`
 	RTTp99    float64 `json:"rtt_p99_us"`
 	ConnPerS  float64 `json:"conn_per_s"`         // connect, one byte each way, close; one after the other
@@ -48,6 +49,7 @@ type wireVariant struct {
 	noOffload bool
 	daemons   bool
 	resume    bool
+	between   bool // the daemons are gateways before the hosts; without daemons there are bridges
 	// over, if not nil, is how connections are made instead of plainly.
 	over *peerKind
 }
@@ -60,6 +62,13 @@ var wireVariants = []wireVariant{
 	{name: "tcpcrypt", daemons: true, resume: true},
 }
 
+// gatewayVariants of the Wire suite: hosts without the daemon behind a bridge of
+// the kernel each, and behind a gateway.
+var gatewayVariants = []wireVariant{
+	{name: "bridge", between: true},
+	{name: "gateway", between: true, daemons: true},
+}
+
 const (
 	farRTT         = time.Millisecond
 	connectsNear   = 300
@@ -70,7 +79,7 @@ const (
 // Wire measures plain TCP and the program in turn, several times, and returns the
 // median of each figure.
 func Wire(ctx context.Context, o WireOptions) ([]WireRow, error) {
-	return rotate(ctx, o, wireVariants)
+	return rotate(ctx, o, slices.Concat(wireVariants, gatewayVariants))
 }
 
 // rotate measures the variants in turn, o.Rounds times.
@@ -116,12 +125,12 @@ func wireOnce(ctx context.Context, o WireOptions, v wireVariant) (r WireRow, err
 	ctx, cancel := context.WithTimeout(ctx, o.Time+90*time.Second)
 	defer cancel()
 	r = WireRow{Variant: v.name, Streams: o.Streams}
-	err = v.onHosts(ctx, o.Binary, &r, func(l *lab.Lab) (a, b *lab.Iface, err error) {
-		p, err := l.Pair(lab.Options{Neighbours: true, NoOffload: v.noOffload})
+	err = v.onHosts(ctx, o.Binary, &r, func(l *lab.Lab, opts lab.Options) (ends [2]*lab.Iface, err error) {
+		p, err := l.Pair(opts)
 		if err != nil {
-			return nil, nil, err
+			return ends, err
 		}
-		return p.A, p.B, nil
+		return [2]*lab.Iface{p.A, p.B}, nil
 	}, func(via transport) (conns, fresh int, err error) {
 		if err := bulk(ctx, via, o, &r); err != nil {
 			return 0, 0, err
@@ -135,45 +144,68 @@ func wireOnce(ctx context.Context, o WireOptions, v wireVariant) (r WireRow, err
 	if err != nil {
 		return r, err
 	}
-	return r, v.onHosts(ctx, o.Binary, &r, func(l *lab.Lab) (a, b *lab.Iface, err error) {
-		p, err := l.Middle(lab.Options{Neighbours: true, NoOffload: v.noOffload})
+	return r, v.onHosts(ctx, o.Binary, &r, func(l *lab.Lab, opts lab.Options) (ends [2]*lab.Iface, err error) {
+		p, err := l.Middle(opts)
 		if err != nil {
-			return nil, nil, err
+			return ends, err
+		}
+		// What XDP forwards a veth takes only with NAPI at its far end.
+		if err := errors.Join(p.MidA.SetFeature(lab.GRO, v.between), p.MidB.SetFeature(lab.GRO, v.between)); err != nil {
+			return ends, err
 		}
 		half := lab.Impair{Delay: farRTT / 2}
 		_, err = p.Forward(lab.ForwarderOptions{AtoB: half, BtoA: half})
-		return p.A, p.B, err
+		return [2]*lab.Iface{p.A, p.B}, err
 	}, func(via transport) (conns, fresh int, err error) {
 		r.Connect1m, _, err = connections(ctx, via, connectsFar)
 		return connectsFar, 1, err
 	})
 }
 
-// onHosts makes two hosts with the variant's daemons, runs fn between them and
-// checks that its connections, whose number fn returns, were what the variant
-// says. The first ones to a server, and those at the same time as the first, are
-// not resumed: fn returns how many these are at most.
+// onHosts makes two hosts on the ends of a path with the variant's daemons, runs
+// fn between them and checks that its connections, whose number fn returns, were
+// what the variant says. The first ones to a server, and those at the same time as
+// the first, are not resumed: fn returns how many these are at most.
 func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
-	topology func(*lab.Lab) (a, b *lab.Iface, err error), fn func(transport) (conns, fresh int, err error)) (err error) {
+	path func(*lab.Lab, lab.Options) ([2]*lab.Iface, error), fn func(transport) (conns, fresh int, err error)) (err error) {
 	l, err := lab.New()
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	a, b, err := topology(l)
+	opts := lab.Options{Neighbours: true, NoOffload: v.noOffload}
+	if v.between {
+		bare := lab.EndOptions{NoAddress: true}
+		opts = lab.Options{A: bare, B: bare}
+	}
+	ends, err := path(l, opts)
 	if err != nil {
 		return err
 	}
+	hosts := ends
+	var sites [2]lab.Site
+	if v.between {
+		if sites, err = l.Behind(ends, 1); err != nil {
+			return err
+		}
+		hosts = [2]*lab.Iface{sites[0].Host, sites[1].Host}
+	}
 	var first *daemon.Daemon
-	for _, host := range []*lab.Iface{a, b} {
+	for i := range ends {
 		if !v.daemons {
-			break
+			if v.between {
+				err = errors.Join(err, ends[i].NS.Bridge("br0", sites[i].Outer, sites[i].Inner))
+			}
+			continue
 		}
 		var flags []string
 		if !v.resume {
 			flags = []string{"--no-resume"}
 		}
-		d, err := daemon.Start(ctx, binary, host, nil, flags...)
+		if v.between {
+			flags = append(flags, "--inner-interface", sites[i].Inner.Name)
+		}
+		d, err := daemon.Start(ctx, binary, ends[i], nil, flags...)
 		if err != nil {
 			return err
 		}
@@ -182,6 +214,10 @@ func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
 			first = d
 		}
 	}
+	if err != nil {
+		return err
+	}
+	a, b := hosts[0], hosts[1]
 	via := overTCP(a, b)
 	if v.over != nil {
 		if via, err = v.over.open(ctx, a, b); err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -19,54 +18,33 @@ import (
 // for a gateway, and a watched wire between those.
 type gatewayBed struct {
 	*bed
-	outer, inner [2]*lab.Iface // of the gateways, on the side of host A and of host B
+	sites [2]lab.Site
 }
 
 func newGatewayBed(t *testing.T) *gatewayBed {
+	t.Helper()
+	return newGatewayBedOf(t, 1)
+}
+
+// newGatewayBedOf has NICs with so many queues.
+func newGatewayBedOf(t *testing.T, queues int) *gatewayBed {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
 	t.Cleanup(cancel)
 	l := lab.Start(t)
 	bare := lab.EndOptions{NoAddress: true}
-	path, err := l.Middle(lab.Options{A: bare, B: bare})
+	path, err := l.Middle(lab.Options{A: bare, B: bare, Queues: queues})
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &gatewayBed{bed: &bed{t: t, ctx: ctx, wire: &watch{}}, outer: [2]*lab.Iface{path.A, path.B}}
+	g := &gatewayBed{bed: &bed{t: t, ctx: ctx, wire: &watch{}}}
 	if g.fwd, err = path.Forward(lab.ForwarderOptions{Seed: 1, Tap: g.wire.tap}); err != nil {
 		t.Fatal(err)
 	}
-	g.path = &lab.Path{Mid: path.Mid, MidA: path.MidA, MidB: path.MidB}
-	cable := lab.LinkOptions{Net4: netip.MustParsePrefix("10.77.0.0/24"), Net6: netip.MustParsePrefix("fd77::/64")}
-	behind := lab.EndOptions{Name: "eth1", NoAddress: true}
-	for k, gw := range g.outer {
-		host, err := l.Namespace([]string{"ha", "hb"}[k])
-		if err != nil {
-			t.Fatal(err)
-		}
-		var h *lab.Iface
-		if k == 0 {
-			cable.B = behind
-			g.path.A, g.inner[k], err = l.Connect(host, gw.NS, cable)
-			h = g.path.A
-		} else {
-			cable.A, cable.B = behind, lab.EndOptions{}
-			g.inner[k], g.path.B, err = l.Connect(gw.NS, host, cable)
-			h = g.path.B
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		// What XDP forwards must be whole, and a veth takes it only with NAPI.
-		for _, f := range []lab.Feature{lab.TSO, lab.GSO, lab.TxChecksum} {
-			if err := h.SetFeature(f, false); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := h.SetFeature(lab.GRO, true); err != nil {
-			t.Fatal(err)
-		}
+	if g.sites, err = l.Behind([2]*lab.Iface{path.A, path.B}, queues); err != nil {
+		t.Fatal(err)
 	}
+	g.path = &lab.Path{A: g.sites[0].Host, B: g.sites[1].Host, Mid: path.Mid, MidA: path.MidA, MidB: path.MidB}
 	for _, mid := range []*lab.Iface{path.MidA, path.MidB} {
 		if err := mid.SetFeature(lab.GRO, true); err != nil {
 			t.Fatal(err)
@@ -78,7 +56,7 @@ func newGatewayBed(t *testing.T) *gatewayBed {
 // gateway starts the program on both NICs of gateway k.
 func (g *gatewayBed) gateway(k int, flags ...string) *daemon.Daemon {
 	g.t.Helper()
-	return g.daemon(g.outer[k], append([]string{"--inner-interface", g.inner[k].Name}, flags...)...)
+	return g.daemon(g.sites[k].Outer, append([]string{"--inner-interface", g.sites[k].Inner.Name}, flags...)...)
 }
 
 // Two hosts without the daemon behind two gateways: what is between the gateways
@@ -118,7 +96,7 @@ func TestGateway(t *testing.T) {
 // cable joins both sides of a place for a gateway without one.
 func (g *gatewayBed) cable(k int) {
 	g.t.Helper()
-	if _, err := lab.NewForwarder(g.outer[k], g.inner[k], lab.ForwarderOptions{Seed: 1}); err != nil {
+	if _, err := lab.NewForwarder(g.sites[k].Outer, g.sites[k].Inner, lab.ForwarderOptions{Seed: 1}); err != nil {
 		g.t.Fatal(err)
 	}
 }
@@ -246,8 +224,8 @@ func TestGatewayBypass(t *testing.T) {
 		if err := g.exchange(false, stream(1, 1000), stream(2, 1000), nil); err != nil {
 			t.Errorf("past gateways that ended: %v", err)
 		}
-		for k := range g.outer {
-			out, err := g.outer[k].NS.Command(g.ctx, program, "run", "--cleanup", "--interface", g.outer[k].Name, "--inner-interface", g.inner[k].Name).CombinedOutput()
+		for _, s := range g.sites {
+			out, err := s.Outer.NS.Command(g.ctx, program, "run", "--cleanup", "--interface", s.Outer.Name, "--inner-interface", s.Inner.Name).CombinedOutput()
 			if err != nil || !strings.Contains(string(out), "the bypass between eth0 and eth1 is removed") {
 				t.Errorf("cleanup: %v\n%s", err, out)
 			}

@@ -1,11 +1,10 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"testing"
-
-	"github.com/vishvananda/netlink"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 )
@@ -65,30 +64,6 @@ func TestOffloads(t *testing.T) {
 	}
 }
 
-// bridge joins interfaces of a namespace.
-func bridge(t *testing.T, ns *lab.Namespace, name string, ports ...*lab.Iface) {
-	t.Helper()
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = name
-	br := &netlink.Bridge{LinkAttrs: attrs}
-	nl := ns.Netlink()
-	if err := nl.LinkAdd(br); err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range ports {
-		l, err := nl.LinkByName(p.Name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := nl.LinkSetMaster(l, br); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := nl.LinkSetUp(br); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // What A sends takes one router, what B sends another.
 func TestAsymmetricRouting(t *testing.T) {
 	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
@@ -127,8 +102,9 @@ func TestAsymmetricRouting(t *testing.T) {
 	thereR, portTR := connect(there, rightNet, "right", 2)
 	_, portBL := connect(back, leftNet, "left", 3)
 	backR, portBR := connect(back, rightNet, "right", 3)
-	bridge(t, leftNet, "br0", portL, portTL, portBL)
-	bridge(t, rightNet, "br0", portR, portTR, portBR)
+	if err := errors.Join(leftNet.Bridge("br0", portL, portTL, portBL), rightNet.Bridge("br0", portR, portTR, portBR)); err != nil {
+		t.Fatal(err)
+	}
 	for _, router := range []*lab.Namespace{there, back} {
 		for _, s := range [][2]string{{"ip_forward", "1"}, {"conf/all/send_redirects", "0"}} {
 			if err := router.Sysctl("net/ipv4/"+s[0], s[1]); err != nil {

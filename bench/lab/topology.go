@@ -1,6 +1,11 @@
 package lab
 
-import "net/netip"
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+)
 
 // Options are the properties of Pair and Middle. The zero value is a 1500-byte
 // cable with every kernel offload on.
@@ -89,4 +94,69 @@ func (l *Lab) Middle(o Options) (*Path, error) {
 		}
 	}
 	return &Path{A: ia, B: ib, Mid: ns[1], MidA: ma, MidB: mb}, nil
+}
+
+// A Site is a host and, between it and the rest of a path, a namespace for a
+// gateway or a bridge, which has an interface to either side.
+type Site struct {
+	Host         *Iface
+	Outer, Inner *Iface
+}
+
+// Behind puts a host, in namespaces "ha" and "hb", behind each end of a path, with
+// so many queues. The hosts are in one subnet. They send whole packets with
+// checksums, as XDP that forwards between veths needs it.
+func (l *Lab) Behind(ends [2]*Iface, queues int) (sites [2]Site, err error) {
+	o := LinkOptions{
+		Net4: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(l.seq), 254, 0}), 24),
+		Net6: netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 0, 2: byte(l.seq >> 8), 3: byte(l.seq), 4: 0xff, 5: 0xfe}), 64),
+	}
+	inner := EndOptions{Name: "eth1", NoAddress: true, Queues: queues}
+	host := EndOptions{Queues: queues}
+	for i, end := range ends {
+		s := &sites[i]
+		s.Outer = end
+		ns, err := l.Namespace([]string{"ha", "hb"}[i])
+		if err != nil {
+			return sites, err
+		}
+		if i == 0 {
+			o.A, o.B = host, inner
+			s.Host, s.Inner, err = l.Connect(ns, end.NS, o)
+		} else {
+			o.A, o.B = inner, host
+			s.Inner, s.Host, err = l.Connect(end.NS, ns, o)
+		}
+		if err != nil {
+			return sites, err
+		}
+		for _, f := range []Feature{TSO, GSO, TxChecksum} {
+			if err := s.Host.SetFeature(f, false); err != nil {
+				return sites, err
+			}
+		}
+		if err := s.Host.SetFeature(GRO, true); err != nil {
+			return sites, err
+		}
+	}
+	return sites, nil
+}
+
+// Bridge joins interfaces of the namespace by a bridge of the kernel.
+func (n *Namespace) Bridge(name string, ports ...*Iface) error {
+	a := netlink.NewLinkAttrs()
+	a.Name = name
+	br := &netlink.Bridge{LinkAttrs: a}
+	if err := n.nl.LinkAdd(br); err != nil {
+		return privilege(fmt.Errorf("lab: bridge %s in %s: %w", name, n.short, err))
+	}
+	for _, p := range ports {
+		if err := n.nl.LinkSetMaster(p.link(), br); err != nil {
+			return p.wrap("bridge "+name, err)
+		}
+	}
+	if err := n.nl.LinkSetUp(br); err != nil {
+		return privilege(fmt.Errorf("lab: bridge %s in %s: %w", name, n.short, err))
+	}
+	return nil
 }

@@ -170,12 +170,12 @@ func checkPipeline(o *bench.PipelineOptions) error {
 }
 
 func newBenchWire() *cobra.Command {
-	cmd := &cobra.Command{Use: "wire", Short: "Two hosts in namespaces, against plain TCP; needs root", Args: exactArgs()}
+	cmd := &cobra.Command{Use: "wire", Short: "Two hosts in namespaces, and two behind gateways, against plain TCP and bridges; needs root", Args: exactArgs()}
 	return benchHosts(cmd, bench.Wire)
 }
 
 func newBenchPeers() *cobra.Command {
-	cmd := &cobra.Command{Use: "peers", Short: "The same, and whatever of Go TLS, stunnel and wireguard-go is installed", Args: exactArgs()}
+	cmd := &cobra.Command{Use: "peers", Short: "Two hosts, and whatever of Go TLS, stunnel and wireguard-go is installed", Args: exactArgs()}
 	return benchHosts(cmd, bench.Peers)
 }
 
