@@ -179,11 +179,14 @@ func (s Source) irqs(dir string, queues int) []IRQ {
 	return out
 }
 
+// gatewayPrefix is what the names of a gateway's programs begin with.
+const gatewayPrefix = "gateway_"
+
 // readPrograms tells which BPF programs are attached.
 func (i *Interface) readPrograms(l netlink.Link) {
 	if x := l.Attrs().Xdp; x != nil && x.Attached {
 		i.XDP = programName(ebpf.ProgramID(x.ProgId))
-		i.OwnXDP = strings.HasPrefix(i.XDP, "host_xdp")
+		i.OwnXDP = strings.HasPrefix(i.XDP, "host_xdp") || strings.HasPrefix(i.XDP, gatewayPrefix)
 	}
 	for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
 		r, err := link.QueryPrograms(link.QueryOptions{Target: l.Attrs().Index, Attach: at})

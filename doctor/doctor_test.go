@@ -109,6 +109,7 @@ func TestExamine(t *testing.T) {
 		{"too many queues", nic(func(n *Interface) { n.Channels = Channels{RX: 128, TX: 128, MaxRX: 128} }), "queues", Fail, "128", "ethtool -L nic0 combined 4", false},
 		{"more queues than CPUs", nic(func(n *Interface) { n.Channels.RX = 8; n.RSS.Queues = []int{0, 1, 2, 3, 4, 5, 6, 7} }), "queues", Warn, "8 receive queues, 4 CPUs", "ethtool -L nic0 combined 4", false},
 		{"one queue of many", nic(func(n *Interface) { n.Channels.RX = 1 }), "queues", Warn, "1 receive queue of 8", "ethtool -L nic0 combined 4", false},
+		{"gateway", nic(func(n *Interface) { n.XDP, n.OwnXDP = "gateway_outer", true }), "xdp-program", OK, "a gateway's (gateway_outer)", "-", false},
 		{"spread over fewer", nic(func(n *Interface) { n.RSS.Queues = []int{1} }), "rss", Warn, "[1] of 2", "ethtool -X nic0 default", false},
 		{"symmetric", nic(func(n *Interface) { n.RSS.Symmetric = true }), "rss", OK, "symmetric, over 2", "-", false},
 		{"short rings", nic(func(n *Interface) { n.Rings.RX = 256 }), "rings", Warn, "receive 256 of 8160", "ethtool -G nic0 rx 4096 tx 4096", false},

@@ -126,6 +126,8 @@ func (e *examiner) mtu(n *Interface) {
 
 func (e *examiner) programs(n *Interface) {
 	switch {
+	case n.OwnXDP && strings.HasPrefix(n.XDP, gatewayPrefix):
+		e.ok("xdp-program", "a gateway's (%s): it runs, or has left its bypass, which tcpcrypt run --cleanup removes", n.XDP)
 	case n.OwnXDP:
 		e.ok("xdp-program", "the daemon's (%s): it runs", n.XDP)
 	case n.XDP != "":
@@ -165,13 +167,13 @@ func (e *examiner) queues(n *Interface, m *Machine) {
 	case c.RX == 1:
 		e.ok("rss", "one queue: nothing to spread")
 	case !n.RSS.Known:
-		e.ok("rss", "not known; host mode needs no symmetric spreading")
+		e.ok("rss", "not known; only a gateway gains from symmetric spreading")
 	case len(n.RSS.Queues) < c.RX:
 		e.add("rss", Warn, fmt.Sprintf("packets are spread over queues %v of %d", n.RSS.Queues, c.RX), "the other queues' CPUs have nothing to do", fmt.Sprintf("ethtool -X %s default", n.Name))
 	case n.RSS.Symmetric:
-		e.ok("rss", "symmetric, over %d queues", c.RX)
+		e.ok("rss", "symmetric, over %d queues; a gateway gains from it if its other card has the same key", c.RX)
 	default:
-		e.ok("rss", "over %d queues, not symmetric: host mode needs no symmetry, as it steers what the host sends by the queue on which it receives", c.RX)
+		e.ok("rss", "over %d queues, not symmetric: host mode steers what the host sends by the queue on which it receives; a gateway copies what its cards spread differently to the worker that has it", c.RX)
 	}
 	r := n.Rings
 	const enough = 1024
