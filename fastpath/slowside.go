@@ -336,6 +336,8 @@ func (s *slowSide) carryOut(acts []slowpath.Action, now time.Duration) {
 				s.unguard(a.Key, false)
 			}
 			s.undivert(a.Key)
+		case slowpath.Unguard:
+			s.unguard(a.Key, false)
 		case slowpath.Guard:
 			s.protect(a.Key, true)
 		case slowpath.Install:

@@ -123,6 +123,9 @@ func (m *Machine) sendSYN(f *flow, s *packet.Segment) {
 func (m *Machine) plainCopy(f *flow, s *packet.Segment) {
 	if f.phase != phasePlainSYN {
 		f.phase = phasePlainSYN
+		// Perhaps the answer comes by another interface, where the guard
+		// has held it up.
+		m.emit(Action{Kind: Unguard, Key: f.key})
 		m.report(f.info(), StatePlain, ReasonSYNRetries)
 	}
 	m.send(f.key, packet.FromInner, copyFrame(s))
@@ -159,6 +162,13 @@ func (m *Machine) activeInner(f *flow, s *packet.Segment) {
 		// It is not in SYN-SENT any more: a SYN without ENO crossed ours and
 		// reached it before the flow was diverted.
 		m.toPlain(f, s, packet.FromInner, ReasonSimultaneous)
+	case f.phase == phasePlainSYN && s.Flags&packet.ACK != 0:
+		// The answer came past this interface, where encryption cannot be
+		// agreed on: the next connection does without at once.
+		m.remember(f)
+		m.bury(f, fatePlain)
+		m.passPlain(s, packet.FromInner)
+		m.emit(Action{Kind: Undivert, Key: f.key})
 	default:
 		m.count(dropInner)
 	}

@@ -32,6 +32,9 @@ const (
 	// encryption on at once, and what it sends must not reach the inner stack,
 	// which completes its handshake by itself if this process dies (T22).
 	Guard
+	// Unguard removes Key from the guard: the connection will be plain, however
+	// its answer comes. It stays diverted until that is seen.
+	Unguard
 	// Install hands Est to the fast path. It comes before the SendInner that
 	// lets the inner stack see the end of its handshake, and the guard entry
 	// of the flow, if Guard did not make it, must be in place before that one

@@ -50,6 +50,7 @@ type flow struct {
 	strayAck      uint32 // passive: acknowledgement of an older connection's socket
 	hasStray      bool
 	wasPlain      bool // passive: an older connection on these ports, of which there may be a socket, was plain
+	copies        int  // passive: of the peer's SYN, before it was answered
 	unreachable   bool // an ICMP error came about the SYN or SYN-ACK
 
 	excused bool // this host did not run meanwhile

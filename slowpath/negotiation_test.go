@@ -365,9 +365,9 @@ func TestSYNCopies(t *testing.T) {
 		t.Errorf("second SYN %+v", o)
 	}
 	s.tick(2 * time.Second)
-	for range 2 {
+	for i := range 2 {
 		s.inner(tcp{seq: localISS, flags: packet.SYN, wnd: 64240, opts: linuxSYN(1460, 13, 0)})
-		s.wantKinds(SendOuter)
+		s.wantKinds([]ActionKind{Unguard, SendOuter}[i:]...)
 		if hasENO(s.one(SendOuter).Options()) {
 			t.Error("the third SYN has ENO")
 		}
@@ -424,6 +424,57 @@ func TestNoAnswer(t *testing.T) {
 	s.tick(answerIdle)
 	s.wantKinds(SendOuter, SendInner)
 	s.wantReport(StateFailed, ReasonNoAnswer)
+}
+
+// After ENO was given up, what the inner stack says next shows that it was
+// answered past this machine: the connection is plain, and so is the next one.
+func TestAnsweredElsewhere(t *testing.T) {
+	s := newScript(t, Config{})
+	for range 3 {
+		s.connect()
+		s.tick(time.Second)
+	}
+	s.inner(tcp{seq: localISS + 1, ack: peerISS + 1, flags: packet.ACK | packet.PSH, wnd: 1000, data: []byte("hello")})
+	s.wantKinds(SendOuter, Undivert)
+	if p := s.one(SendOuter); string(p.Payload()) != "hello" {
+		t.Errorf("passed on: %+v", p)
+	}
+	s.inner(tcp{seq: 99, flags: packet.SYN, wnd: 64240})
+	s.wantReport(StatePlain, ReasonRemembered)
+}
+
+// The inner stack may have answered where it is not heard: the third copy of a
+// SYN becomes plain, whatever the peer offers, unless it must not, and unless the
+// copies were made on the way.
+func TestUnheardAnswer(t *testing.T) {
+	for _, x := range []struct {
+		name    string
+		verdict Verdict
+		pause   time.Duration
+		plain   bool
+	}{
+		{"sent again", Encrypt, time.Second, true},
+		{"duplicated", Encrypt, time.Millisecond, false},
+		{"required", Require, time.Second, false},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			s := newScript(t, Config{Policy: always(Policy{Verdict: x.verdict})})
+			s.listening(crypto.TEPX25519)
+			for range 2 {
+				s.tick(x.pause)
+				s.listening(crypto.TEPX25519)
+			}
+			if !x.plain {
+				s.wantKinds(SendInner)
+				return
+			}
+			s.wantKinds(SendInner, Undivert)
+			s.wantReport(StatePlain, ReasonSYNRetries)
+			if hasENO(s.one(SendInner).Options()) {
+				t.Error("ENO shown to the inner stack")
+			}
+		})
+	}
 }
 
 // Copies on the passive side get the recorded SYN-ACK (T18).

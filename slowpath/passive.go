@@ -263,6 +263,12 @@ func (m *Machine) remoteSYNCopy(f *flow, s *packet.Segment) {
 		f.expires = max(f.expires, m.now+m.answerPatience())
 		return
 	}
+	if f.copies++; f.copies >= maxSYNs-1 && m.now-f.since >= initialRTO && f.policy.Verdict != Require {
+		// The inner stack may well have answered, by another interface, where
+		// the guard drops what it says.
+		m.toPlain(f, s, packet.FromOuter, ReasonSYNRetries)
+		return
+	}
 	if opts, ok := m.inwardSYN(s, &o).apply(s.Options()); ok {
 		m.sendInward(f, s, opts)
 		if s.HasTS && packet.SeqDiff(s.TSval, f.tsRemote) > 0 {
