@@ -137,11 +137,15 @@ func (e *Engine) innerWindow(f *flow) uint64 {
 }
 
 // innerSegment returns how many bytes of data the inner stack waits for a window
-// to hold: a segment, or as Linux does half of the largest window it saw.
+// to hold: a segment, or as Linux does half of the largest window it saw. More
+// would leave it waiting for windows that hold its segments, but not half of ours.
 func (f *flow) innerSegment() int {
 	m := f.outMSS - overhead
 	if f.tsOK {
 		m -= 12
+	}
+	if f.wndMaxI == 0 {
+		return m
 	}
 	return min(m, int(f.wndMaxI/2))
 }

@@ -256,5 +256,18 @@ func (f *flow) init(est *slowpath.Established, now time.Duration) {
 	f.rxEdge = max(uint64(est.RxEdge), f.nxtO)
 	f.innerEdge = uint64(est.InnerWnd)
 	f.innerUp = !est.Active
-	f.wndMaxI = uint64(est.PeerWnd)
+	f.wndMaxI = f.releasedWindow()
+}
+
+// releasedWindow returns the window in bytes that the inner stack found in the
+// end of its handshake.
+func (f *flow) releasedWindow() uint64 {
+	var s packet.Segment
+	switch {
+	case packet.Parse(f.release, packet.FromOuter, &s) != nil:
+		return 0
+	case s.Flags&packet.SYN != 0: // never scaled
+		return uint64(s.Wnd)
+	}
+	return uint64(s.Wnd) << f.remoteShift
 }

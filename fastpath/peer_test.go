@@ -1124,6 +1124,20 @@ func TestWindowOfOneSegment(t *testing.T) {
 	}
 }
 
+// The inner stack makes its segments no larger than half of the largest window that
+// it was shown, which is less than the peer's when that came with the Init message:
+// a window that is nearly one of those segments lets it send one.
+func TestWindowOfHalfSegment(t *testing.T) {
+	r := newRig(t, rigConfig{active: true, mss: 8960, peerWnd: 16384, releaseWnd: 8192})
+	want := content(4, 0, 4096)
+	r.inner(seg{data: bytes.Clone(want)})
+	r.forget()
+	r.outer(seg{ack: 4116, wnd: 3903})
+	if n := len(r.ins); n == 0 || int(r.ins[n-1].Wnd) < len(want) {
+		t.Fatalf("inner window is %+v", r.ins)
+	}
+}
+
 // The peer's probe of a shut window is passed on: the inner stack may have opened
 // its own, and the TAP have lost the announcement.
 func TestProbePassed(t *testing.T) {

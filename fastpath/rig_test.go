@@ -25,6 +25,7 @@ type rigConfig struct {
 	init              int // bytes of an Init message of ours that nobody acknowledged
 	active            bool
 	mss               int
+	releaseWnd        uint16 // window in the segment that ends the inner handshake
 	engine            EngineConfig
 	chunks            int
 	port              uint16
@@ -135,6 +136,7 @@ func (r *rig) install() {
 	tcp := est.Release[len(est.Release)-packet.TCPLen:]
 	binary.BigEndian.PutUint32(tcp[4:], rigIRS+1)
 	binary.BigEndian.PutUint32(tcp[8:], rigISS+1)
+	binary.BigEndian.PutUint16(tcp[14:], c.releaseWnd)
 	if c.active {
 		binary.BigEndian.PutUint32(tcp[4:], rigIRS)
 		tcp[13] |= packet.SYN
