@@ -686,7 +686,7 @@ func (e *Engine) peerReset(f *flow) {
 	if f.state != flowLive {
 		return
 	}
-	e.deliver(f)
+	e.deliverRest(f)
 	e.sendInnerReset(f, seqOf(f.irs, f.sntI))
 	e.end(f, flowReset, ReasonPeerReset)
 }
@@ -699,14 +699,11 @@ func (e *Engine) abort(f *flow, reason string) {
 	}
 	e.runSeal()
 	f.finp = false
-	e.deliver(f)
+	e.deliverRest(f)
 	e.sendOuterReset(f, seqOf(f.iss, f.sentO))
-	if f.innerUp {
-		e.sendInnerReset(f, seqOf(f.irs, f.sntI))
-	} else {
-		// Still in SYN-SENT: only the acknowledgement counts (RFC 9293).
-		e.sendInnerReset(f, f.irs)
-	}
+	// Of an inner stack that is still in SYN-SENT only the acknowledgement
+	// counts (RFC 9293).
+	e.sendInnerReset(f, seqOf(f.irs, f.sntI))
 	e.end(f, flowReset, reason)
 }
 

@@ -300,7 +300,8 @@ func (r *rig) wantResets(outer, inner int64) {
 }
 
 // Whole frames before a bad one in the same segment are authentic: they are
-// delivered, and the reason is that of the first bad frame.
+// delivered, and the reason is that of the first bad frame. An inner stack that has
+// not acknowledged the end of its handshake has got it.
 func TestBadFrameBehindGood(t *testing.T) {
 	flip := func(b []byte) []byte { b[len(b)-1] ^= 1; return b }
 	short := []byte{0, 0, 5, 1, 2, 3, 4, 5}
@@ -315,9 +316,9 @@ func TestBadFrameBehindGood(t *testing.T) {
 		{"tag, then too short", func(r *rig) []byte { return append(flip(r.seal(0, content(0, 100, 100))), short...) }, 0, ReasonAuth},
 		{"after FINp", func(r *rig) []byte { return r.seal(0, content(0, 100, 100)) }, crypto.FlagFIN, ReasonDataAfterFINp},
 	} {
-		for _, src := range []string{"chunk", "copy"} {
+		for _, src := range []string{"chunk", "copy", "opening"} {
 			t.Run(c.name+"/"+src, func(t *testing.T) {
-				r := newRig(t, rigConfig{})
+				r := newRig(t, rigConfig{active: src == "opening"})
 				b := r.seal(c.fin, content(0, 0, 100))
 				b = append(b, c.bad(r)...)
 				if src == "copy" {

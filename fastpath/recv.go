@@ -541,9 +541,7 @@ func (e *Engine) deliver(f *flow) {
 	if !f.innerUp {
 		return
 	}
-	for f.sntI < f.dlvI && f.sntI < f.innerEdge {
-		e.deliverOne(f)
-	}
+	e.deliverRest(f)
 	if f.finp && f.sntI == f.dlvI {
 		e.deliverFin(f)
 	}
@@ -551,6 +549,14 @@ func (e *Engine) deliver(f *flow) {
 		e.arm(f, timerInner, e.now+f.innerRTO)
 	} else if f.sntI < f.dlvI && f.timers[timerInner] == 0 {
 		e.arm(f, timerInner, e.now+f.innerRTO)
+	}
+}
+
+// deliverRest is deliver for a flow that is about to end. An inner stack that has
+// not answered the end of its handshake yet has it before these segments.
+func (e *Engine) deliverRest(f *flow) {
+	for f.sntI < f.dlvI && f.sntI < f.innerEdge {
+		e.deliverOne(f)
 	}
 }
 
