@@ -142,9 +142,11 @@ func testIperf(t *testing.T, v6 bool) {
 	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
 	a, z := b.both()
 	ip, _ := b.addr(v6)
-	b.background(5201, "iperf3", "-s", "-B", ip.String())
-	for _, flags := range [][]string{{"-P", "8"}, {"-R"}, {"--bidir"}} {
-		args := append([]string{"-c", ip.String(), "-t", "2", "--connect-timeout", "5000"}, flags...)
+	for i, flags := range [][]string{{"-P", "8"}, {"-R"}, {"--bidir"}} {
+		// A server that has not seen the end of a test resets the next one.
+		port := 5201 + i
+		b.background(port, "iperf3", "-s", "-1", "-B", ip.String(), "-p", strconv.Itoa(port))
+		args := append([]string{"-c", ip.String(), "-p", strconv.Itoa(port), "-t", "2", "--connect-timeout", "5000"}, flags...)
 		b.run("iperf3", args...)
 	}
 	b.noFlows(a)

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -195,6 +196,12 @@ func (b *bed) daemon(host *lab.Iface, flags ...string) *daemon.Daemon {
 	b.t.Cleanup(func() {
 		if b.t.Failed() {
 			b.t.Logf("log of the daemon on %s:\n%s", host.NS.ShortName(), d.Logs())
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			defer cancel()
+			if st, err := d.Stats(ctx); err == nil {
+				maps.DeleteFunc(st.Counters, func(_ string, n uint64) bool { return n == 0 })
+				b.t.Logf("ended flows: %v; counters: %v", st.Reasons, st.Counters)
+			}
 		}
 	})
 	return d
