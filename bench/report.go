@@ -152,7 +152,7 @@ func wireCharts(rows []WireRow) []chart {
 			if rows[i].Resumed {
 				label += ", resumed"
 			}
-			c.Bars = append(c.Bars, bar{Label: label, Value: f.of(&rows[i]), Group: b2i(strings.HasPrefix(label, "tcpcrypt"))})
+			c.Bars = append(c.Bars, bar{Label: label, Value: f.of(&rows[i]), Group: b2i(strings.HasPrefix(label, "tcpcrypt") || label == "gateway")})
 		}
 		cs = append(cs, c)
 	}
