@@ -79,12 +79,16 @@ func (s *slowSide) room() string {
 	return ""
 }
 
-// orphan is slowpath.Config.Orphan: the socket could not be ended, and is guarded
-// until it is gone, or what it had sent may still be in the TAP's queue.
+// orphan is slowpath.Config.Orphan: the socket could not be ended, or what it had
+// sent may still be in the TAP's queue.
 func (s *slowSide) orphan(k packet.Key) bool {
 	k.VLAN = 0
-	return s.orphans[k] || s.h.orphans[k] || s.lately.has(k, s.w.now())
+	return s.stranded(k) || s.lately.has(k, s.w.now())
 }
+
+// stranded reports whether the socket of k, without VLAN, could not be ended, and
+// is guarded until it is gone.
+func (s *slowSide) stranded(k packet.Key) bool { return s.orphans[k] || s.h.orphans[k] }
 
 // lately remembers flows that are gone, each for one to two times lateFor.
 type lately struct {
@@ -396,7 +400,9 @@ func (s *slowSide) unguard(k packet.Key, destroy bool) {
 		}
 	}
 	delete(s.guarded, k)
-	if s.orphan(k) {
+	bare := k
+	bare.VLAN = 0
+	if s.stranded(bare) {
 		return
 	}
 	if err := s.h.guard.Delete(k.Bytes()); err != nil {
