@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
@@ -214,13 +215,27 @@ func TestGatewayBypass(t *testing.T) {
 		if _, err := client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 			t.Errorf("the old connection ends with %v", err)
 		}
+		// The other end learns of it when it sends, if its gateway has sent nothing.
+		_, err = server.Write(stream(4, 4000))
+		if err == nil {
+			_, err = server.Read(make([]byte, 1))
+		}
+		if !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+			t.Errorf("the other end of the old connection ends with %v", err)
+		}
 		if err := g.exchange(false, stream(1, 1<<20), stream(2, 1<<20), func() { g.flow(a) }); err != nil {
 			t.Error(err)
 		}
 		if err := errors.Join(a.Stop(), z.Stop()); err != nil {
 			t.Error(err)
 		}
-		// Stopped in order, it forwards on, until it is told not to.
+		// Stopped in order, it forwards on, until it is told not to, and has nothing
+		// shut.
+		for _, site := range g.sites {
+			if n, attached := g.left(site.Outer); n != 0 || !attached {
+				t.Errorf("%d connections are shut by a gateway that ended in order, attached %v", n, attached)
+			}
+		}
 		if err := g.exchange(false, stream(1, 1000), stream(2, 1000), nil); err != nil {
 			t.Errorf("past gateways that ended: %v", err)
 		}
@@ -243,5 +258,56 @@ func TestGatewayBypass(t *testing.T) {
 			t.Fatal(err)
 		}
 		g.unreachable()
+		// The other end encrypts now.
+		a, z := g.gateway(0, "--bypass", "block"), g.daemon(g.path.B)
+		client, server := g.connected()
+		g.flow(a)
+		if err := g.exchange(false, stream(1, 1000), stream(2, 1000), nil); err != nil {
+			t.Fatal(err)
+		}
+		client.Close()
+		server.Close()
+		if err := errors.Join(a.Stop(), z.Stop()); err != nil {
+			t.Error(err)
+		}
+		if n, attached := g.left(g.sites[0].Outer); attached {
+			t.Errorf("a gateway that ended in order is still there, with %d connections", n)
+		}
+		g.unreachable()
 	})
+}
+
+// left returns how many connections the program on a gateway's interface lists,
+// and whether there is one.
+func (g *gatewayBed) left(i *lab.Iface) (n int, attached bool) {
+	g.t.Helper()
+	l, err := i.NS.Netlink().LinkByIndex(i.Index)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	x := l.Attrs().Xdp
+	if x == nil || !x.Attached {
+		return 0, false
+	}
+	program, err := ebpf.NewProgramFromID(ebpf.ProgramID(x.ProgId))
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	defer program.Close()
+	info, err := program.Info()
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	ids, _ := info.MapIDs()
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		if info, err := m.Info(); err == nil && info.Name == "flows" {
+			n = g.count(m)
+		}
+		m.Close()
+	}
+	return n, true
 }

@@ -17,14 +17,21 @@ import (
 func (b *bed) entries(d *daemon.Daemon, name string) (n int) {
 	b.t.Helper()
 	for _, m := range b.maps(d, name) {
-		var key, value []byte
-		entries := m.Iterate()
-		for entries.Next(&key, &value) {
-			n++
-		}
-		if err := entries.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-			b.t.Fatal(err)
-		}
+		n += b.count(m)
+	}
+	return n
+}
+
+// count counts what is in a map, which may change meanwhile.
+func (b *bed) count(m *ebpf.Map) (n int) {
+	b.t.Helper()
+	var key, value []byte
+	entries := m.Iterate()
+	for entries.Next(&key, &value) {
+		n++
+	}
+	if err := entries.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		b.t.Fatal(err)
 	}
 	return n
 }
