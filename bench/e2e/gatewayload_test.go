@@ -186,3 +186,74 @@ func TestGatewayVLAN(t *testing.T) {
 	g.noFlows(a)
 	g.noFlows(z)
 }
+
+// With generic XDP, for drivers that have no other, a gateway does the same.
+func TestGatewayGeneric(t *testing.T) {
+	g := newGatewayBed(t)
+	for _, s := range g.sites {
+		if err := errors.Join(s.Outer.SetFeature(lab.GRO, false), s.Inner.SetFeature(lab.GRO, false)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a, z := g.gateway(0, "--mode", "generic"), g.gateway(1, "--mode", "generic")
+	if st, err := a.Status(g.ctx); err != nil || st.Mode != "generic" {
+		t.Errorf("status %+v: %v", st, err)
+	}
+	if err := g.exchange(false, stream(1, 4<<20), stream(2, 4<<20), func() { g.flow(a); g.flow(z) }); err != nil {
+		t.Error(err)
+	}
+	g.datagrams(100)
+	if plain, _ := g.wire.seen(); plain != 0 {
+		t.Errorf("%d segments with plaintext between the gateways", plain)
+	}
+	if err := errors.Join(a.Kill(), z.Kill()); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.exchange(true, stream(3, 1<<20), stream(4, 1<<20), nil); err != nil {
+		t.Errorf("past gateways that died: %v", err)
+	}
+	// From generic to native, without the other programs' leave.
+	a = g.gateway(0)
+	if st, err := a.Status(g.ctx); err != nil || st.Mode != "copy" {
+		t.Errorf("status %+v: %v", st, err)
+	}
+	if err := a.Stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A connection that is being opened when the gateway begins to hang waits for it.
+func TestGatewayHungOpening(t *testing.T) {
+	g := newGatewayBed(t)
+	a, z := g.gateway(0), g.gateway(1)
+	ln := g.echo()
+	// The other gateway's answer does not come while that one hangs.
+	g.halt(z)
+	done := make(chan error, 1)
+	go func() {
+		c, err := g.path.A.NS.Dial(g.ctx, "tcp", ln.Addr().String())
+		if err == nil {
+			g.guarded(c)
+		}
+		done <- err
+	}()
+	g.eventually("the offer is made", func() (string, bool) {
+		st, err := a.Status(g.ctx)
+		return "", err == nil && st.HalfOpen == 1
+	})
+	g.halt(a)
+	before := g.resent(g.path.A.NS)
+	g.eventually("the SYN is sent again", func() (string, bool) { return "", g.resent(g.path.A.NS) >= before+2 })
+	select {
+	case err := <-done:
+		t.Fatalf("connected past a gateway that hangs: %v", err)
+	default:
+	}
+	g.resume(z)
+	g.resume(a)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	g.flow(a)
+	g.flow(z)
+}
