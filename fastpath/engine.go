@@ -1076,14 +1076,16 @@ func (e *Engine) Pressed() bool {
 	return b.used > b.budget-b.budget/8 || b.crowded() || e.umem.Available() == 0
 }
 
-// AbortAll ends every live flow with the given reason.
+// AbortAll ends every live flow with the given reason, and forgets those that have
+// ended. The inner stack may not have heard yet of the end of one that ended just
+// now, and would send its last bytes again: its socket must not be left either.
 func (e *Engine) AbortAll(reason string, now time.Duration) {
 	e.now = now
 	var fs []*flow
 	e.tab.each(func(f *flow) { fs = append(fs, f) })
 	for _, f := range fs {
 		e.abort(f, reason)
-		e.forget(f, f.state == flowReset)
+		e.forget(f, f.state == flowReset || e.now-f.ended < lingerShort)
 	}
 	e.flush()
 }

@@ -804,6 +804,7 @@ func (h *Host) detach() error {
 	if h.stopLink != nil {
 		h.stopLink()
 	}
+	stranded := h.stranded()
 	if h.diag != nil {
 		h.diag.Close()
 	}
@@ -818,7 +819,10 @@ func (h *Host) detach() error {
 	if h.tap != nil {
 		errs = append(errs, h.tap.Close())
 	}
-	if h.cfg.KeepGuard {
+	if stranded > 0 {
+		h.log.Warn("the guard stays: encrypted connections could not be ended on this host, and would send plaintext", "connections", stranded)
+	}
+	if h.cfg.KeepGuard || stranded > 0 {
 		h.guard.Close()
 	} else {
 		errs = append(errs, h.guard.Remove())
@@ -827,6 +831,25 @@ func (h *Host) detach() error {
 		errs = append(errs, u.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// stranded tries once more to end the sockets that could not be ended, and returns
+// how many there are still. No worker runs any more.
+func (h *Host) stranded() (n int) {
+	sets := []map[packet.Key]bool{h.orphans}
+	for _, w := range h.workers {
+		if w.slow != nil {
+			sets = append(sets, w.slow.orphans)
+		}
+	}
+	for _, set := range sets {
+		for k := range set {
+			if h.destroy(k.Bytes()) != nil {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // Status describes the daemon.

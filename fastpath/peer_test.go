@@ -1796,6 +1796,31 @@ func TestAbortAll(t *testing.T) {
 	r.gone()
 }
 
+// The inner stack may have missed the last acknowledgement of a flow that has just
+// ended: when all flows go, so does its socket.
+func TestAbortAllEnded(t *testing.T) {
+	for _, c := range []struct {
+		later   time.Duration
+		destroy bool
+	}{{time.Millisecond, true}, {lingerShort, false}} {
+		r := newRig(t, rigConfig{})
+		r.inner(seg{data: content(0, 0, 100)})
+		// The inner stack closes first, and lingers long.
+		r.inner(seg{o: 100, flags: packet.FIN})
+		last := r.outs[len(r.outs)-1]
+		o := int64(r.sealed)
+		r.outer(seg{o: o, data: r.seal(crypto.FlagFIN, nil), flags: packet.FIN, ack: last.o + int64(last.Len()) + 1})
+		r.wantEnded(ReasonClosed)
+		r.advance(c.later)
+		r.forget()
+		r.e.AbortAll(ReasonShutdown, r.now)
+		r.drain()
+		if len(r.events) != 1 || r.events[0].Kind != FlowGone || r.events[0].Destroy != c.destroy {
+			t.Errorf("after %v: %+v", c.later, r.events)
+		}
+	}
+}
+
 // Frames of the slow path pass through the engine; super-segments of flows that
 // are not here are cut for it.
 func TestSlowFrames(t *testing.T) {
