@@ -10,6 +10,8 @@ import (
 	"net"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/vm"
 )
 
@@ -148,8 +150,7 @@ func (t *traffic) open(req *vm.Request) (int64, error) {
 
 func (t *traffic) exchange(i int, req *vm.Request, deadline time.Time) (err error) {
 	if !req.Again {
-		d := net.Dialer{Deadline: deadline}
-		if t.conns[i], err = d.Dial("tcp", req.Address); err != nil {
+		if t.conns[i], err = dial(req.Address, deadline); err != nil {
 			return err
 		}
 	}
@@ -173,6 +174,19 @@ func (t *traffic) exchange(i int, req *vm.Request, deadline time.Time) (err erro
 		_ = c.Close() // ends the sender, too
 	}
 	return errors.Join(err, <-sent)
+}
+
+// dial connects from a random port. Those that the kernel gives one after the other
+// differ in few bits, and a card may spread them over a part of its queues only.
+func dial(address string, deadline time.Time) (net.Conn, error) {
+	const low, tries = 10000, 20
+	for try := 1; ; try++ {
+		d := net.Dialer{Deadline: deadline, LocalAddr: &net.TCPAddr{Port: low + rand.IntN(1<<16-low)}}
+		c, err := d.Dial("tcp", address)
+		if try == tries || !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return c, err
+		}
+	}
 }
 
 // close ends all connections and wants an end of file of each.
