@@ -2,6 +2,7 @@ package fastpath
 
 import (
 	"fmt"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,6 +35,7 @@ type diverter interface {
 // gatewayDiverter is the diverter of a gateway.
 type gatewayDiverter struct {
 	*xdp.Gateway
+	log  *slog.Logger
 	keep bool // at the end: the programs are the bypass, or were before
 }
 
@@ -43,7 +45,13 @@ func (d *gatewayDiverter) InsertSteered(key xdp.FlowKey, _ int) error { return d
 
 // Close detaches the programs, or leaves them as the bypass. They stay, too, while
 // there are connections that nothing else keeps shut.
-func (d *gatewayDiverter) Close() error { return d.Gateway.Close(d.keep || d.Flows() > 0) }
+func (d *gatewayDiverter) Close() error {
+	if n := d.Flows(); n > 0 && !d.keep {
+		d.log.Warn("the programs stay on the interfaces: they keep connections shut that an earlier gateway encrypted", "connections", n)
+		d.keep = true
+	}
+	return d.Gateway.Close(d.keep)
+}
 
 // pathMTU returns the MTU of the path, as far as it is here.
 func (h *Host) pathMTU() int {
@@ -118,7 +126,7 @@ func (h *Host) bindGateway(m xdp.Mode, outer, inner []int, chunk int) error {
 	if err != nil {
 		return err
 	}
-	h.gateway, h.bypass = g, &gatewayDiverter{Gateway: g, keep: g.Replaced()}
+	h.gateway, h.bypass = g, &gatewayDiverter{Gateway: g, log: h.log, keep: g.Replaced()}
 	h.diverter = h.bypass
 	h.ports, h.inner = make([][]port, len(h.umems)), make([][]port, len(h.umems))
 	for side, nic := range []struct {

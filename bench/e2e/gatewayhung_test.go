@@ -215,6 +215,43 @@ func TestGatewayBypassChoice(t *testing.T) {
 	}
 }
 
+// A gateway that blocks leaves nothing when it ends in order, except what keeps the
+// connections of an earlier one shut: their ends have sent nothing since, and know
+// of no reset.
+func TestGatewayKeepsShut(t *testing.T) {
+	g := newGatewayBed(t)
+	a := g.gateway(0, "--bypass", "block")
+	g.gateway(1)
+	client, _ := g.connected()
+	if err := a.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	a = g.gateway(0, "--bypass", "block")
+	if err := g.exchange(false, stream(1, 100000), stream(2, 100000), func() { g.flow(a) }); err != nil {
+		t.Error(err)
+	}
+	if err := a.Stop(); err != nil {
+		t.Error(err)
+	}
+	if n, attached := g.left(g.sites[0].Outer); n != 1 || !attached {
+		t.Errorf("%d connections are kept shut, attached %v\n%s", n, attached, a.Logs())
+	}
+	if _, err := client.Write(stream(3, 4000)); err != nil {
+		t.Fatal(err)
+	}
+	g.unreachable()
+	a = g.gateway(0)
+	if _, err := client.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the old connection ends with %v", err)
+	}
+	if plain, _ := g.wire.seen(); plain != 0 {
+		t.Errorf("%d segments with plaintext between the gateways", plain)
+	}
+	if err := a.Stop(); err != nil {
+		t.Error(err)
+	}
+}
+
 // passes demands that new connections get past the place of gateway A, which has
 // no daemon, or that they do not.
 func (g *gatewayBed) passes(want bool) {
