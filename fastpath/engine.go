@@ -774,7 +774,9 @@ func (e *Engine) outerLate(f *flow, s *packet.Segment) {
 		if f.state == flowReset && e.now-f.ended < resetQuiet && !offersENO(s) {
 			return
 		}
-		e.forget(f, false)
+		// The socket may have missed its reset: what it would send now
+		// concerns a connection that is being opened, or is plain.
+		e.forget(f, f.state == flowReset)
 		e.toSlow(packet.FromOuter, &s.Key, s.Flags, s.Frame)
 		return
 	}

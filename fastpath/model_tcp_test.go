@@ -834,9 +834,10 @@ func (m *model) inputAck(s *packet.Segment, o, n int64) {
 	if wnd != 0 && edge < m.edge && edge+1<<m.cfg.peerShift <= m.consumed && !m.cfg.lossy && !m.plain && s.Wnd != 65535 {
 		m.fail("%s: window edge retreats from %d to %d below %d, which was sent", m.name, m.edge, edge, m.consumed)
 	}
-	moved := edge != m.edge
+	moved := false
 	if ack > m.una || o > int64(m.wl1) || o == int64(m.wl1) && (edge > m.edge || wnd == 0) {
 		m.wl1 = uint64(max(o, 0))
+		moved = edge != m.edge
 		m.edge = edge
 	}
 	if m.cfg.ecn && s.Flags&packet.ECE != 0 && !m.inRec {

@@ -607,6 +607,11 @@ func TestPortsReused(t *testing.T) {
 				if r.events[i].Kind != k {
 					t.Fatalf("event %d is %+v", i, r.events[i])
 				}
+				// A socket that missed the reset would go on in plaintext. The
+				// other SYNs say themselves that it is gone.
+				if destroy := c.name == "outer SYN after reset"; k == FlowGone && r.events[i].Destroy != destroy {
+					t.Errorf("destroy is %v", r.events[i].Destroy)
+				}
 			}
 			if ev := r.events[len(r.events)-1]; ev.Dir != c.dir || len(ev.Frame) == 0 {
 				t.Errorf("slow path gets %+v", ev)
@@ -1354,6 +1359,27 @@ func TestRekeyAnswerRetransmission(t *testing.T) {
 	r.advance(time.Hour)
 	if len(r.outs) != 0 {
 		t.Errorf("%d segments after the acknowledgement", len(r.outs))
+	}
+}
+
+// A probe of the peer's window, which waits for that very window, leaves the answer
+// before it to this side.
+func TestRekeyAnswerBeforeProbe(t *testing.T) {
+	r := newRig(t, rigConfig{peerWnd: 25})
+	r.outer(seg{data: r.sealWith(crypto.ControlRekey, 0, nil), wnd: 25})
+	d := withData(r.outs)
+	if len(d) != 1 || d[0].Len() != 20 {
+		t.Fatalf("%d segments", len(d))
+	}
+	r.inner(seg{data: []byte("p")})
+	for try := range 3 {
+		r.forget()
+		r.advance(minRTO << try)
+		if !slices.ContainsFunc(withData(r.outs), func(p pkt) bool {
+			return p.o == d[0].o && bytes.HasPrefix(p.Payload(), d[0].Payload())
+		}) {
+			t.Fatalf("try %d: the answer is not among %d segments", try, len(r.outs))
+		}
 	}
 }
 

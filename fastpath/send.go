@@ -468,18 +468,21 @@ func (e *Engine) control(f *flow) {
 }
 
 // controlOutstanding returns the control bytes at the end of what was sent
-// which no inner byte follows, so that the inner stack cannot resend them.
+// which no inner byte follows, so that the inner stack cannot resend them. A
+// frame that waits for the peer's window, a probe of it mostly, does not follow
+// them yet: the inner stack takes its time with that.
 func (f *flow) controlOutstanding() (from, to uint64, ok bool) {
 	for k := f.recs.len() - 1; k >= 0; k-- {
 		r := f.recs.at(k)
+		if r.o >= f.sentO || r.iLen > 0 && r.o+uint64(r.oLen) > f.sentO {
+			continue
+		}
 		if r.iLen > 0 {
 			break
 		}
-		if r.o < f.sentO {
-			from, ok = max(r.o, f.unaO), true
-			if to == 0 {
-				to = min(r.o+uint64(r.oLen), f.sentO)
-			}
+		from, ok = max(r.o, f.unaO), true
+		if to == 0 {
+			to = min(r.o+uint64(r.oLen), f.sentO)
 		}
 	}
 	return from, to, ok && from < to

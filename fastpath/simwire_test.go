@@ -322,6 +322,11 @@ func (w *wire) checkAck(from, to uint64, sack bool) {
 		// Bytes that never got a chunk to travel in hide where frames begin.
 		return
 	}
+	if m := w.f.m[w.from]; m.cfg.urg && to > w.inner && w.inner < m.app.total {
+		// Whether the frame that was sent in part has an urgent pointer is
+		// not known yet, and so where its data begins.
+		return
+	}
 	s, e, ok := uint64(0), uint64(0), true
 	if sack {
 		s, _, ok = w.image(from)

@@ -1,6 +1,7 @@
 package slowpath
 
 import (
+	"bytes"
 	"io"
 	"slices"
 
@@ -190,6 +191,12 @@ func (m *Machine) synCopy(f *flow, s *packet.Segment) {
 		}
 	case phasePlainSYN:
 		m.plainCopy(f, s)
+	case phaseCrossed:
+		// The peer's SYN did not arrive.
+		if f.inward != nil {
+			m.send(f.key, packet.FromOuter, bytes.Clone(f.inward))
+		}
+		return
 	}
 	f.expires = m.now + offerIdle
 }

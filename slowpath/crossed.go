@@ -34,7 +34,7 @@ func (m *Machine) crossing(f *flow, s *packet.Segment) {
 	m.chosen(f, sub)
 	f.expires = m.now + answerIdle
 	ecn := f.ecnSYN
-	m.sendInward(f, s, opts)
+	f.inward = bytes.Clone(m.sendInward(f, s, opts))
 	f.ecnOK = ecn && f.ecnSYN
 }
 
@@ -44,6 +44,7 @@ func (m *Machine) answerCrossed(f *flow, s *packet.Segment) {
 		m.toPlain(f, s, packet.FromInner, ReasonNoRoom)
 		return
 	}
+	f.inward = nil
 	m.emit(Action{Kind: Guard, Key: f.key})
 	m.resendSYNACK(f)
 	if early := f.early; early != nil {

@@ -46,6 +46,7 @@ type flow struct {
 	release       []byte
 	synack        []byte // the SYN-ACK as it left
 	crossed       bool   // both SYNs crossed
+	inward        []byte // crossed: the peer's SYN as the inner stack gets it, until that answers
 	early         []byte // crossed: the peer's SYN-ACK, which came before ours left
 	strayAck      uint32 // passive: acknowledgement of an older connection's socket
 	hasStray      bool

@@ -42,9 +42,11 @@ func (m *Machine) inwardSYN(s *packet.Segment, o *synOptions) *optionEdit {
 	return &optionEdit{mss: m.shownMSS(o, s.V6), tfo: true}
 }
 
-func (m *Machine) sendInward(f *flow, s *packet.Segment, opts []byte) {
+func (m *Machine) sendInward(f *flow, s *packet.Segment, opts []byte) (syn []byte) {
 	f.ecnSYN = s.Flags&(packet.ECE|packet.CWR) == packet.ECE|packet.CWR
-	m.send(f.key, packet.FromOuter, rewriteSYN(s, opts))
+	syn = rewriteSYN(s, opts)
+	m.send(f.key, packet.FromOuter, syn)
+	return syn
 }
 
 // acceptable returns what the peer offers, or why ENO is disabled (RFC 8547

@@ -455,6 +455,24 @@ func TestCrossedEarly(t *testing.T) {
 	}
 }
 
+// The peer's SYN may be lost on its way to the inner stack, whose own SYN comes
+// again then.
+func TestCrossedSYNLost(t *testing.T) {
+	s := newScript(t, Config{TEPs: []crypto.TEP{crypto.TEPX25519}})
+	s.connect()
+	s.peerENO = option(1, x25519)
+	s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: withENO(linuxSYN(1400, 21, 0), s.peerENO)})
+	syn := bytes.Clone(s.one(SendInner).Frame)
+	for range 2 {
+		s.inner(tcp{seq: localISS, flags: packet.SYN, wnd: 64240, opts: linuxSYN(1460, 11, 0)})
+		if again := s.one(SendInner).Frame; !bytes.Equal(again, syn) {
+			t.Fatalf("the SYN is repeated as %x, it was %x", again, syn)
+		}
+	}
+	s.inner(tcp{seq: localISS, ack: peerISS + 1, flags: packet.SYN | packet.ACK, wnd: 65160, opts: linuxSYN(1460, 11, 21)})
+	s.one(SendOuter)
+}
+
 // The SYN-ACK of the inner stack may have no room for the option of its SYN: ENO
 // is over then.
 func TestCrossedNoRoom(t *testing.T) {
