@@ -172,6 +172,8 @@ type Engine struct {
 	buf    *buffers
 	tab    *table
 	pool   flowPool
+	recs   ringPool[rec]
+	pieces ringPool[piece]
 	timers timerHeap
 	now    time.Duration
 	st     EngineStats
@@ -406,7 +408,7 @@ func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
 			return
 		}
 		copy(mem, est.TxInit)
-		*f.recs.push() = rec{oLen: uint32(n), ref: r, off: off, psh: true}
+		*f.recs.push(&e.recs) = rec{oLen: uint32(n), ref: r, off: off, psh: true}
 		f.txBytes += n
 		f.ctlBytes += n
 		if f.unaO >= f.sealO {
@@ -715,14 +717,12 @@ func (e *Engine) end(f *flow, state uint8, reason string) {
 	e.events = append(e.events, Event{Kind: FlowEnded, Key: f.key, Info: e.info(f)})
 	for f.recs.len() > 0 {
 		e.buf.release(f.recs.at(0).ref)
-		f.recs.pop()
+		f.recs.pop(&e.recs)
 	}
-	f.recs.clear()
 	for f.pieces.len() > 0 {
 		e.releaseLater(f.pieces.at(0).ref)
-		f.pieces.pop()
+		f.pieces.pop(&e.pieces)
 	}
-	f.pieces.clear()
 	for i := range f.ooo {
 		e.buf.release(f.ooo[i].ref)
 	}
@@ -1056,7 +1056,8 @@ func (e *Engine) fire(f *flow, which int) {
 			// out with these bytes.
 			size = min(size, ctlSize)
 		}
-		e.xmit(f, from, to, size, false, true)
+		var h packet.Header
+		e.xmit(f, &h, f.recByOuter(from), from, to, size, false, true)
 		f.ctlRTO = min(2*f.ctlRTO, minRTO<<(maxCtlTries+1))
 		e.arm(f, timerCtl, e.now+f.ctlRTO)
 	}

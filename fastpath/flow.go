@@ -119,8 +119,6 @@ type flow struct {
 	timers       [numTimers]time.Duration
 	heapIx       int
 	heapAt       time.Duration
-	firstRecs    [2]rec // of recs, as long as they are enough
-	firstPieces  [2]piece
 
 	bytesIn, bytesOut, framesIn, framesOut uint64
 
@@ -236,7 +234,6 @@ func (f *flow) init(est *slowpath.Established, now time.Duration) {
 		outMSS: est.PeerMSS, inMSS: est.InnerMSS, meanData: 1400, meanIn: 1400, rcvMSS: 536,
 		holdRTO: minRTO, ctlRTO: minRTO, innerRTO: minRTO,
 	}
-	f.recs.b, f.pieces.b = f.firstRecs[:], f.firstPieces[:]
 	if est.WScaleOK {
 		f.localShift, f.remoteShift = est.LocalWScale, est.RemoteWScale
 	}

@@ -242,12 +242,12 @@ func (e *Engine) keep(f *flow, m *openMeta, data []byte, at, urg int) {
 					return
 				}
 			}
-			*f.pieces.push() = piece{f.dlvI, r, o, uint32(n), uint16(urg), m.mark}
+			*f.pieces.push(&e.pieces) = piece{f.dlvI, r, o, uint32(n), uint16(urg), m.mark}
 			return
 		}
 	}
 	e.addHold(m.ref)
-	*f.pieces.push() = piece{f.dlvI, m.ref, off, uint32(n), uint16(urg), m.mark}
+	*f.pieces.push(&e.pieces) = piece{f.dlvI, m.ref, off, uint32(n), uint16(urg), m.mark}
 }
 
 // insertOOO keeps an outer segment's payload above a gap. It reports whether
@@ -505,7 +505,7 @@ func (e *Engine) innerAcked(f *flow, s *packet.Segment, pure bool) {
 				break
 			}
 			e.releaseLater(p.ref)
-			f.pieces.pop()
+			f.pieces.pop(&e.pieces)
 			f.cursor = max(0, f.cursor-1)
 		}
 		if f.pieces.len() == 0 && f.asm == nil {

@@ -18,10 +18,16 @@ const maxBacklog = 64
 // recByOuter returns the index of the record that holds outer offset o, or
 // recs.len() when o is sealO or above. o must not be below the first record.
 func (f *flow) recByOuter(o uint64) int {
-	return sort.Search(f.recs.len(), func(k int) bool {
-		r := f.recs.at(k)
-		return r.o+uint64(r.oLen) > o
-	})
+	k, n := 0, f.recs.len()
+	for k < n {
+		m := (k + n) / 2
+		if r := f.recs.at(m); r.o+uint64(r.oLen) > o {
+			n = m
+		} else {
+			k = m + 1
+		}
+	}
+	return k
 }
 
 // recByInner returns the index of the record that holds inner byte i.
@@ -200,7 +206,7 @@ func (e *Engine) claim(f *flow, buf []byte, src source, gs int, flags uint8, urg
 		return
 	}
 	if n > 0 {
-		*f.recs.push() = rec{o: f.sealO, i: f.sealI, oLen: 1, iLen: 1, fin: true}
+		*f.recs.push(&e.recs) = rec{o: f.sealO, i: f.sealI, oLen: 1, iLen: 1, fin: true}
 		f.sealO++
 	} else {
 		if !e.sealFrame(f, nil, source{}, crypto.FlagFIN, -1, true) {
@@ -255,7 +261,7 @@ func (e *Engine) sealFrame(f *flow, src []byte, at source, fl byte, urgent int, 
 		}
 		src = p
 	}
-	*f.recs.push() = rec{o: f.sealO, i: f.sealI, oLen: uint32(total), iLen: uint32(data), ref: r, off: off, hdr: uint8(hdr), psh: psh}
+	*f.recs.push(&e.recs) = rec{o: f.sealO, i: f.sealI, oLen: uint32(total), iLen: uint32(data), ref: r, off: off, hdr: uint8(hdr), psh: psh}
 	if len(e.seal) == cap(e.seal) {
 		e.runSeal()
 	}
@@ -295,8 +301,9 @@ func (e *Engine) pushNew(f *flow) {
 		return
 	}
 	e.runSeal()
-	for f.sentO < f.sealO {
-		r := f.recs.at(f.recByOuter(f.sentO))
+	var h packet.Header
+	for k := f.recByOuter(f.sentO); f.sentO < f.sealO; k++ {
+		r := f.recs.at(k)
 		end := r.o + uint64(r.oLen)
 		data := end
 		if r.fin {
@@ -306,7 +313,7 @@ func (e *Engine) pushNew(f *flow) {
 			// With nothing under way no ACK will move the edge: what fits is
 			// sent, unless it is little (RFC 9293 section 3.8.6.2.1).
 			if f.unaO == f.sentO && f.edgeO > f.sentO && f.edgeO-f.sentO >= (data-f.sentO)/2 {
-				e.xmit(f, f.sentO, f.edgeO, f.outMSS, true, true)
+				e.xmit(f, &h, k, f.sentO, f.edgeO, f.outMSS, true, true)
 				f.sentO = f.edgeO
 			}
 			if !f.held {
@@ -320,11 +327,11 @@ func (e *Engine) pushNew(f *flow) {
 		}
 		// A FIN with the last data goes in the data's segment.
 		if !r.fin && end < f.sealO {
-			if k := f.recByOuter(end); f.recs.at(k).fin && f.recs.at(k).oLen == 1 {
+			if next := f.recs.at(k + 1); next.fin && next.oLen == 1 {
 				end++
 			}
 		}
-		e.xmit(f, f.sentO, end, f.outMSS, true, r.psh)
+		e.xmit(f, &h, k, f.sentO, end, f.outMSS, true, r.psh)
 		f.sentO = end
 	}
 	f.held = false
@@ -333,8 +340,15 @@ func (e *Engine) pushNew(f *flow) {
 }
 
 // xmit transmits the stored outer bytes [from,to), cut to size and to the path MTU. Bytes
-// that cannot be given a chunk count as lost.
-func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
+// that cannot be given a chunk count as lost. The segments' headers are h but for
+// what differs, so that those of several calls with nothing in between are
+// composed from the flow's state once: before the first, h is zero. k is the index
+// of the record that holds from.
+func (e *Engine) xmit(f *flow, h *packet.Header, k int, from, to uint64, size int, fresh, psh bool) {
+	if h.Flags == 0 {
+		e.outerHeader(f, h, e.opts[:], from, packet.ACK, false)
+	}
+	flags := h.Flags
 	finO := ^uint64(0)
 	if f.finSealed {
 		finO = f.sealO - 1
@@ -345,8 +359,7 @@ func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 	}
 	room = min(room, e.chunkRoom())
 	for from < to {
-		var h packet.Header
-		e.outerHeader(f, &h, e.opts[:], from, packet.ACK, false)
+		h.Seq, h.Flags = seqOf(f.iss, from), flags
 		n := int(min(to, finO) - from)
 		if lim := min(size, room-len(h.Opts)); n > lim {
 			n = max(lim, 1)
@@ -369,10 +382,10 @@ func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 			}
 		}
 		f.outer.SetECN(ecn)
-		if r := f.recs.at(f.recByOuter(from)); fresh && r.whole(from, n) && e.sendSealed(f, &h, r, n) {
+		if r := f.recs.at(k); fresh && r.whole(from, n) && e.sendSealed(f, h, r, n) {
 			e.st.InPlaceOut++
-		} else if p := e.newOuter(f, &h, n); p != nil {
-			e.copyStored(f, from, p, &e.outMeta[len(e.outMeta)-1])
+		} else if p := e.newOuter(f, h, n); p != nil {
+			e.copyStored(f, k, from, p, &e.outMeta[len(e.outMeta)-1])
 			countCopy(n, &e.st.SmallOut, &e.st.CopiedOut)
 		}
 		e.st.SegmentsOut++
@@ -380,16 +393,22 @@ func (e *Engine) xmit(f *flow, from, to uint64, size int, fresh, psh bool) {
 			f.retransmits++
 			e.st.Retransmits++
 		}
-		from = next
+		for from = next; from < to; k++ {
+			if r := f.recs.at(k); r.o+uint64(r.oLen) > from {
+				break
+			}
+		}
 	}
+	h.Flags = flags
 }
 
-// copyStored copies the stored outer bytes from offset o on into p, the payload
-// of the frame that m is of. It sums them on the way, unless the port does.
-func (e *Engine) copyStored(f *flow, o uint64, p []byte, m *outMeta) {
+// copyStored copies the stored outer bytes from offset o on, which is in record
+// k, into p, the payload of the frame that m is of. It sums them on the way,
+// unless the port does.
+func (e *Engine) copyStored(f *flow, k int, o uint64, p []byte, m *outMeta) {
 	m.summed = !e.offload
 	done := 0
-	for k := f.recByOuter(o); done < len(p); k++ {
+	for ; done < len(p); k++ {
 		r := f.recs.at(k)
 		n := int(r.oLen)
 		if r.fin {
@@ -423,7 +442,8 @@ func (e *Engine) resend(f *flow, a, b uint64, size int) {
 	s = max(s, f.unaO)
 	if s < f.sentO {
 		e.runSeal()
-		e.xmit(f, s, min(t, f.sentO), size, false, true)
+		var h packet.Header
+		e.xmit(f, &h, f.recByOuter(s), s, min(t, f.sentO), size, false, true)
 	} else if f.held {
 		e.relayProbe(f)
 	}
@@ -506,7 +526,7 @@ func (e *Engine) ackedBy(f *flow, a uint64) {
 			f.ctlBytes -= n
 		}
 		e.buf.release(r.ref)
-		f.recs.pop()
+		f.recs.pop(&e.recs)
 	}
 	if f.recs.len() == 0 {
 		e.buf.leave(&f.txSlab)
@@ -557,7 +577,8 @@ func (e *Engine) holdFired(f *flow) {
 	if f.edgeO > f.sentO {
 		end := min(f.edgeO, f.sealO)
 		e.runSeal()
-		e.xmit(f, f.sentO, end, f.outMSS, true, true)
+		var h packet.Header
+		e.xmit(f, &h, f.recByOuter(f.sentO), f.sentO, end, f.outMSS, true, true)
 		f.sentO = end
 		e.pushNew(f)
 		return

@@ -13,13 +13,14 @@ import (
 func TestRing(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 1))
 	var r ring[int]
+	var p ringPool[int]
 	var model []int
 	for i := range 100_000 {
 		if rng.IntN(1000) < 510-i/1000 || len(model) == 0 {
-			*r.push() = i
+			*r.push(&p) = i
 			model = append(model, i)
 		} else {
-			r.pop()
+			r.pop(&p)
 			model = model[1:]
 		}
 		if r.len() != len(model) {
@@ -32,7 +33,7 @@ func TestRing(t *testing.T) {
 			}
 		}
 	}
-	r.clear()
+	r.clear(&p)
 	if r.len() != 0 {
 		t.Error("not empty after clear")
 	}
@@ -81,6 +82,44 @@ func TestTable(t *testing.T) {
 	tab.remove(&flow{key: packet.Key{VLAN: 9}})
 	if tab.n != len(model) {
 		t.Error("removing a stranger changes the count")
+	}
+}
+
+// While a table grows every flow is found once, and can be removed.
+func TestTableGrows(t *testing.T) {
+	rng := rand.New(rand.NewPCG(3, 3))
+	tab := newTable()
+	var fs []*flow
+	grown := 0
+	for n := range 20_000 {
+		f := &flow{key: packet.Key{LPort: uint16(n)}}
+		tab.insert(f)
+		fs = append(fs, f)
+		if tab.old == nil {
+			continue
+		}
+		grown++
+		k := rng.IntN(len(fs))
+		g := fs[k]
+		tab.remove(g)
+		if tab.find(&g.key) != nil {
+			t.Fatalf("flow %d was removed and is found", n)
+		}
+		fs[k] = fs[len(fs)-1]
+		fs = fs[:len(fs)-1]
+		seen := 0
+		tab.each(func(*flow) { seen++ })
+		if seen != len(fs) || tab.n != len(fs) {
+			t.Fatalf("%d flows are shown and %d counted of %d", seen, tab.n, len(fs))
+		}
+		for range 100 {
+			if g := fs[rng.IntN(len(fs))]; tab.find(&g.key) != g {
+				t.Fatalf("flow %d is not found", g.key.LPort)
+			}
+		}
+	}
+	if grown == 0 {
+		t.Error("the table never grew by steps")
 	}
 }
 
@@ -288,7 +327,7 @@ func TestMap(t *testing.T) {
 			if n == 0 && rng.IntN(2) == 0 {
 				r.hdr = 0
 			}
-			*f.recs.push() = r
+			*f.recs.push(nil) = r
 			for k := range n {
 				im := byteOf{f.sealO + uint64(hdr) + uint64(k), f.sealO + uint64(hdr) + uint64(k) + 1}
 				if k == 0 {

@@ -8,12 +8,16 @@ import (
 // Template is the layer 2 and 3 header that a flow's packets carry in one
 // direction, learned from the packets seen there. The zero value is unset.
 type Template struct {
-	b      [EthLen + VLANLen + IPv6Len]byte
 	n, l3  uint8
 	v6     bool
 	sp, dp uint16
 	id     uint16
+	sum    uint32 // IPv4: of the header without TOS, length, identification and checksum
+	b      [EthLen + VLANLen + IPv6Len]byte
 }
+
+// v4Len is the length of Ethernet and IPv4 headers without a VLAN tag.
+const v4Len = EthLen + IPv4Len
 
 // Learn takes addresses, VLAN tag, TTL, DSCP, flow label and ports from a
 // segment that travels in the template's direction. IPv4 options are left out.
@@ -24,9 +28,18 @@ func (t *Template) Learn(s *Segment) {
 		copy(t.b[:t.n], s.Frame)
 	} else {
 		t.n = uint8(s.L3 + IPv4Len)
-		copy(t.b[:t.n], s.Frame)
+		if t.n == v4Len {
+			*(*[v4Len]byte)(t.b[:]) = [v4Len]byte(s.Frame)
+		} else {
+			copy(t.b[:t.n], s.Frame)
+		}
 		t.b[s.L3] = 0x45
-		t.id = binary.BigEndian.Uint16(s.Frame[s.L3+4:])
+		ip := s.Frame[s.L3:][:IPv4Len]
+		t.id = binary.BigEndian.Uint16(ip[4:])
+		// From the frame: what was just stored would have to get to the cache first.
+		le := binary.LittleEndian
+		a := 0x45 + uint64(le.Uint16(ip[6:])) + uint64(le.Uint16(ip[8:])) + uint64(le.Uint32(ip[12:])) + uint64(le.Uint32(ip[16:]))
+		t.sum = uint32(Fold(a))
 	}
 	t.sp = binary.BigEndian.Uint16(s.Frame[s.L4:])
 	t.dp = binary.BigEndian.Uint16(s.Frame[s.L4+2:])
@@ -76,17 +89,23 @@ type Header struct {
 // PartialChecksum. IPv4 identifications count up from the last learned one.
 func (t *Template) Compose(dst []byte, h *Header, n int) int {
 	l4 := int(t.n)
-	copy(dst[:l4], t.b[:l4])
+	if l4 == v4Len {
+		*(*[v4Len]byte)(dst) = [v4Len]byte(t.b[:])
+	} else {
+		copy(dst[:l4], t.b[:l4])
+	}
 	tl := TCPLen + len(h.Opts)
 	ip := dst[t.l3:l4]
 	if t.v6 {
 		binary.BigEndian.PutUint16(ip[4:], uint16(tl+n))
 		ip[6] = 6
 	} else {
-		binary.BigEndian.PutUint16(ip[2:], uint16(IPv4Len+tl+n))
 		t.id++
+		total := uint16(IPv4Len + tl + n)
+		binary.BigEndian.PutUint16(ip[2:], total)
 		binary.BigEndian.PutUint16(ip[4:], t.id)
-		PutIPv4Checksum(ip)
+		a := uint64(t.sum) + uint64(t.b[t.l3+1])<<8 + uint64(bits.ReverseBytes16(total)) + uint64(bits.ReverseBytes16(t.id))
+		binary.LittleEndian.PutUint16(ip[10:], ^Fold(a))
 	}
 	p := dst[l4 : l4+tl]
 	binary.BigEndian.PutUint16(p[0:], t.sp)
