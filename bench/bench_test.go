@@ -21,6 +21,40 @@ func TestPipeline(t *testing.T) {
 	}
 }
 
+// Nor does it with so many flows that each has its turn only now and then, in any
+// part of the loop.
+func TestPipelineManyFlows(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 100000 sessions")
+	}
+	for _, burst := range []int{1, 16} {
+		p, err := newPipe(100_000, []int{1440}, burst)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.close()
+		for range 100 { // the first grow what all flows share
+			if _, _, _, err := p.round(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		packets := 0
+		allocs := testing.AllocsPerRun(100, func() {
+			_, _, n, e := p.round()
+			if e != nil {
+				err = e
+			}
+			packets = n
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if allocs != 0 {
+			t.Errorf("bursts of %d: a vector of %d packets allocates %v times", burst, packets, allocs)
+		}
+	}
+}
+
 // Every engine has a row for every size, and no operation of the hot path
 // allocates.
 func TestMicro(t *testing.T) {

@@ -35,6 +35,10 @@ type PipelineRow struct {
 	PPS       float64 `json:"pps"`                // of all workers
 	Gbps      float64 `json:"gbps"`               // of payload, of all workers
 	Allocs    float64 `json:"allocs_per_packet"`
+
+	// Nanoseconds a packet of each stage by its name, see fastpath.StageNames.
+	// They are measured apart, by the wall clock, which costs a little itself.
+	Stages map[string]float64 `json:"stage_ns_per_packet"`
 }
 
 // PipelineOptions say what Pipeline measures: every combination.
@@ -137,6 +141,12 @@ func pipeline(n, flows, burst, workers int) ([]PipelineRow, error) {
 			r.Gbps += float64(p.mean()) * 8 / p.best[d]
 			r.Allocs = max(r.Allocs, p.allocs)
 		}
+		r.Stages = make(map[string]float64)
+		for i, name := range fastpath.StageNames {
+			for _, p := range pipes {
+				r.Stages[name] += p.stages[d][i] / float64(workers)
+			}
+		}
 		rows[d] = r
 	}
 	return rows, nil
@@ -170,6 +180,8 @@ type pipe struct {
 	ab, ba packet.Template // of flow 0
 
 	best, aead [2]float64 // ns a packet, to seal and to open
+	stages     [2][fastpath.NumStages]float64
+	watch      [2]*fastpath.StageTimes // nil: not measured
 	allocs     float64
 }
 
@@ -296,6 +308,16 @@ func (p *pipe) inner(buf []byte, f *pipeFlow, n, segs int) []byte {
 	return buf[:xdp.VnetHdrLen+hl+n*segs]
 }
 
+// begin starts the clock of a part of a round that counts for sealing (0) or
+// opening (1), in the engine e.
+func (p *pipe) begin(e *fastpath.Engine, direction int) time.Duration {
+	if s := p.watch[direction]; s != nil {
+		e.Measure(s)
+		s.Begin()
+	}
+	return cpuTime()
+}
+
 // cpuTime is the CPU time of the calling thread.
 func cpuTime() time.Duration {
 	var t unix.Timespec
@@ -325,7 +347,7 @@ func (p *pipe) round() (seal, open time.Duration, packets int, err error) {
 		want += n * p.burst
 		packets += p.burst
 	}
-	t := cpuTime()
+	t := p.begin(a, 0)
 	a.InnerVec(pkts[:len(fs)], p.now)
 	a.Flush(p.now)
 	a.FinishOut(nil)
@@ -335,7 +357,7 @@ func (p *pipe) round() (seal, open time.Duration, packets int, err error) {
 	}
 	a.ClearIn()
 
-	t = cpuTime()
+	t = p.begin(b, 1)
 	for v := p.descs; len(v) > 0; v = v[min(len(v), fastpath.VectorSize):] {
 		b.OuterIn(v[:min(len(v), fastpath.VectorSize)], p.now)
 	}
@@ -356,7 +378,7 @@ func (p *pipe) round() (seal, open time.Duration, packets int, err error) {
 	for i := range fs {
 		pkts[i] = p.inner(p.bufs[i], &fs[i], 0, 1)
 	}
-	t = cpuTime()
+	t = p.begin(b, 1)
 	b.InnerVec(pkts[:len(fs)], p.now)
 	b.Flush(p.now)
 	b.FinishOut(nil)
@@ -364,7 +386,7 @@ func (p *pipe) round() (seal, open time.Duration, packets int, err error) {
 	if err := p.carry(&p.b, &p.a); err != nil {
 		return 0, 0, 0, err
 	}
-	t = cpuTime()
+	t = p.begin(a, 0)
 	a.OuterIn(p.descs, p.now)
 	a.ClearIn()
 	seal += cpuTime() - t
@@ -416,7 +438,40 @@ func (p *pipe) measure() error {
 	}
 	runtime.ReadMemStats(&after)
 	p.allocs = float64(after.Mallocs-before.Mallocs) / float64(total)
+	if err := p.measureStages(); err != nil {
+		return err
+	}
 	p.measureAEAD()
+	return nil
+}
+
+// measureStages fills in the figures of the stages: of many tries that are short,
+// so that some are not interrupted, the least of each stage.
+func (p *pipe) measureStages() error {
+	defer func() {
+		p.watch = [2]*fastpath.StageTimes{}
+		p.a.eng.Measure(nil)
+		p.b.eng.Measure(nil)
+	}()
+	for try := range 50 {
+		var times [2]fastpath.StageTimes
+		p.watch = [2]*fastpath.StageTimes{&times[0], &times[1]}
+		packets := 0
+		for packets < 4000 {
+			_, _, n, err := p.round()
+			if err != nil {
+				return err
+			}
+			packets += n
+		}
+		for d := range times {
+			for i, t := range times[d].Times {
+				if ns := float64(t.Nanoseconds()) / float64(packets); try == 0 || ns < p.stages[d][i] {
+					p.stages[d][i] = ns
+				}
+			}
+		}
+	}
 	return nil
 }
 

@@ -15,6 +15,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 )
@@ -22,7 +26,7 @@ import (
 // WireRow is one figure of the Wire suite: two hosts in namespaces of this
 // machine, joined by a veth, on the kernel's own TCP.
 type WireRow struct {
-	Variant   string  `json:"variant"` // plain, plain-nooffload, tcpcrypt, bridge, gateway; of the Peers suite the first three and those of peers
+	Variant   string  `json:"variant"` // see wireVariants; of the Peers suite also those of peers
 	Streams   int     `json:"streams"`
 	Gbps      float64 `json:"gbps"`
 	CPUPerGB  float64 `json:"cpu_s_per_gb"` // busy CPU seconds of the machine, both hosts and what is between them together
@@ -47,7 +51,9 @@ type WireOptions struct {
 type wireVariant struct {
 	name      string
 	noOffload bool
+	xdp       bool // each host's interface has an XDP program that lets everything pass
 	daemons   bool
+	beside    bool // the daemons leave the connections of the suite alone
 	resume    bool
 	between   bool // the daemons are gateways before the hosts; without daemons there are bridges
 	// over, if not nil, is how connections are made instead of plainly.
@@ -55,9 +61,14 @@ type wireVariant struct {
 }
 
 // wireVariants of the Wire suite, in the order in which each rotation runs them.
+// Native XDP alone, whatever the program, turns segmentation offload of a veth
+// off: plain-xdp is what plain-beside, connections that pass by the daemons, are
+// to be held against.
 var wireVariants = []wireVariant{
 	{name: "plain"},
 	{name: "plain-nooffload", noOffload: true},
+	{name: "plain-xdp", xdp: true},
+	{name: "plain-beside", daemons: true, beside: true},
 	{name: "tcpcrypt", daemons: true},
 	{name: "tcpcrypt", daemons: true, resume: true},
 }
@@ -192,6 +203,13 @@ func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
 	}
 	var first *daemon.Daemon
 	for i := range ends {
+		if v.xdp {
+			detach, e := passAll(ends[i])
+			if e != nil {
+				return e
+			}
+			defer func() { err = errors.Join(err, detach()) }()
+		}
 		if !v.daemons {
 			if v.between {
 				err = errors.Join(err, ends[i].NS.Bridge("br0", sites[i].Outer, sites[i].Inner))
@@ -205,9 +223,12 @@ func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
 		if v.between {
 			flags = append(flags, "--inner-interface", sites[i].Inner.Name)
 		}
-		d, err := daemon.Start(ctx, binary, ends[i], nil, flags...)
-		if err != nil {
-			return err
+		if v.beside {
+			flags = append(flags, "--ports", "1") // no connection of the suite has it
+		}
+		d, e := daemon.Start(ctx, binary, ends[i], nil, flags...)
+		if e != nil {
+			return e
 		}
 		defer func() { err = errors.Join(err, d.Stop()) }()
 		if first == nil {
@@ -234,10 +255,39 @@ func (v *wireVariant) onHosts(ctx context.Context, binary string, r *WireRow,
 	}
 	encrypted, resumed := st.Counters["slowpath_encrypted"], st.Counters["slowpath_resumed"]
 	r.Resumed = resumed > 0
+	if v.beside {
+		n = 0
+	}
 	if encrypted != uint64(n) || v.resume && resumed+uint64(fresh) < uint64(n) || !v.resume && resumed > 0 {
 		return fmt.Errorf("of %d connections %d were encrypted and %d resumed", n, encrypted, resumed)
 	}
 	return nil
+}
+
+// passAll attaches an XDP program to a host's interface that does nothing.
+func passAll(host *lab.Iface) (detach func() error, err error) {
+	const xdpPass = 2
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type:         ebpf.XDP,
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, xdpPass), asm.Return()}, License: "Dual MIT/GPL",
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer p.Close()
+	var l link.Link
+	err = host.NS.Do(func() error {
+		i, err := net.InterfaceByName(host.Name)
+		if err != nil {
+			return err
+		}
+		l, err = link.AttachXDP(link.XDPOptions{Program: p, Interface: i.Index, Flags: link.XDPDriverMode})
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return l.Close, nil
 }
 
 // transport is how applications on two hosts reach each other.

@@ -204,6 +204,8 @@ type Engine struct {
 	// back: it must not go there a second time.
 	reinjected bool
 	via        int
+
+	stages *StageTimes // nil: not measured
 }
 
 // NewEngine makes an engine without flows.
@@ -252,6 +254,7 @@ func (e *Engine) FinishOut(request func(d *xdp.Desc, start, offset uint16)) {
 		e.tapOut()
 	}
 	e.finish(e.out, e.outMeta, request)
+	e.mark(StageEmit)
 }
 
 func (e *Engine) finish(out []xdp.Desc, meta []outMeta, request func(d *xdp.Desc, start, offset uint16)) {
@@ -469,7 +472,9 @@ func (e *Engine) parseChunks(g []grouped, v []xdp.Desc, dir packet.Direction) {
 	for i := range g {
 		g[i].err = packet.Parse(e.umem.Bytes(v[i].Addr, int(v[i].Len)), dir, &g[i].seg)
 	}
+	e.mark(StageParse)
 	e.lookUp(g)
+	e.mark(StageLookup)
 }
 
 // found ends the look-up of a packet.
@@ -485,6 +490,7 @@ func (e *Engine) OuterIn(v []xdp.Desc, now time.Duration) {
 	e.now = now
 	for len(v) > 0 {
 		g := e.group[:min(len(v), groupSize)]
+		e.mark(StageTranslate)
 		e.parseChunks(g, v, packet.FromOuter)
 		for i := range g {
 			d := &v[i]
@@ -814,7 +820,9 @@ func (e *Engine) InnerVec(bufs [][]byte, now time.Duration) {
 			}
 			g[i].err = packet.Parse(bufs[i][xdp.VnetHdrLen:], packet.FromInner, &g[i].seg)
 		}
+		e.mark(StageParse)
 		e.lookUp(g)
+		e.mark(StageLookup)
 		for i := range g {
 			if g[i].err != nil {
 				e.st.Malformed++
@@ -822,6 +830,7 @@ func (e *Engine) InnerVec(bufs [][]byte, now time.Duration) {
 			}
 			e.innerPacket(&g[i], bufs[i])
 		}
+		e.mark(StageTranslate)
 		bufs = bufs[len(g):]
 	}
 }
@@ -932,6 +941,7 @@ func (e *Engine) Flush(now time.Duration) {
 // flush runs the queued cryptography and then, flow by flow, what the vector
 // of packets has made due.
 func (e *Engine) flush() {
+	e.mark(StageTranslate)
 	e.runSeal()
 	e.runOpen()
 	for i := 0; i < len(e.dirty); i++ {
@@ -944,6 +954,7 @@ func (e *Engine) flush() {
 	}
 	e.dirty = e.dirty[:0]
 	e.pool.recycle()
+	e.mark(StageEmit)
 }
 
 func (e *Engine) flushFlow(f *flow) {

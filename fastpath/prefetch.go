@@ -2,11 +2,7 @@ package fastpath
 
 // This file uses unsafe for addresses, which it only gives to the cache.
 
-import (
-	"unsafe"
-
-	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
-)
+import "unsafe"
 
 const cacheLine = 64
 
@@ -16,9 +12,4 @@ const hotBytes = unsafe.Offsetof(flow{}.initO)
 // prefetch has the cache fetch what packets in order need of a flow.
 func (f *flow) prefetch() {
 	prefetch(unsafe.Pointer(f), (int(hotBytes)+cacheLine-1)/cacheLine)
-}
-
-// prefetchKey has the cache fetch a key, which is used when the vector runs.
-func prefetchKey(k *crypto.Key) {
-	prefetch(unsafe.Pointer(k), (int(unsafe.Sizeof(*k))+cacheLine-1)/cacheLine)
 }

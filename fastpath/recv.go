@@ -158,7 +158,6 @@ func (e *Engine) queueOpen(f *flow, frame []byte, r ref, off uint32, mark uint8)
 		f.rxGenQ++
 		f.rxKey = f.sess.RecvKey(f.rxGenQ)
 	}
-	prefetchKey(f.rxKey)
 	e.open = append(e.open, crypto.OpenOp{Key: f.rxKey, Frame: frame, Offset: f.frameO})
 	e.openMeta = append(e.openMeta, openMeta{f, r, off, control, mark})
 	f.opening += uint64(len(frame))
@@ -170,7 +169,9 @@ func (e *Engine) runOpen() {
 	if len(e.open) == 0 {
 		return
 	}
+	e.mark(StageTranslate)
 	crypto.OpenVec(e.open)
+	e.mark(StageAEAD)
 	e.st.Opened += uint64(len(e.open))
 	for i := range e.open {
 		m := &e.openMeta[i]
@@ -188,6 +189,7 @@ func (e *Engine) runOpen() {
 	clear(e.open)
 	clear(e.openMeta)
 	e.open, e.openMeta = e.open[:0], e.openMeta[:0]
+	e.mark(StageTranslate)
 }
 
 // accept takes the plaintext of one authentic frame into custody.

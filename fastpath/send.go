@@ -174,7 +174,6 @@ func (e *Engine) claim(f *flow, buf []byte, src source, gs int, flags uint8, urg
 	}
 	n := len(buf) - 1
 	fin := flags&packet.FIN != 0
-	prefetchKey(f.txKey)
 	if gs <= 0 || gs > slabSize-64 {
 		gs = min(max(n, 1), slabSize-64)
 	}
@@ -286,7 +285,9 @@ func (e *Engine) sealFrame(f *flow, src []byte, at source, fl byte, urgent int, 
 // runSeal carries out the queued sealing operations.
 func (e *Engine) runSeal() {
 	if len(e.seal) > 0 {
+		e.mark(StageTranslate)
 		crypto.SealVec(e.seal)
+		e.mark(StageAEAD)
 		e.st.Sealed += uint64(len(e.seal))
 		clear(e.seal)
 		e.seal = e.seal[:0]

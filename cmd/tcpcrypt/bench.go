@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
 )
 
 func newBenchCommand() *cobra.Command {
@@ -130,11 +132,20 @@ func newBenchPipeline() *cobra.Command {
 		if err != nil {
 			return failure{err}
 		}
-		return emit(cmd, &o, rows, "direction\tpayload\tflows\tburst\tworkers\tengine\tns/packet\tof it AEAD\tMpps\tGb/s\tallocs/packet", func(r *bench.PipelineRow) string {
-			return fmt.Sprintf("%s\t%s\t%d\t%d\t%d\t%s\t%.0f\t%.0f\t%.2f\t%.2f\t%.3f", r.Direction, cmp.Or(r.Mix, strconv.Itoa(r.Payload)), r.Flows, r.Burst, r.Workers, r.Engine, r.NsPer, r.AEADNs, r.PPS/1e6, r.Gbps, r.Allocs)
+		return emit(cmd, &o, rows, "direction\tpayload\tflows\tburst\tworkers\tengine\tns/packet\tof it AEAD\tMpps\tGb/s\tallocs/packet\t"+strings.Join(fastpath.StageNames[:], "/")+" ns", func(r *bench.PipelineRow) string {
+			return fmt.Sprintf("%s\t%s\t%d\t%d\t%d\t%s\t%.0f\t%.0f\t%.2f\t%.2f\t%.3f\t%s", r.Direction, cmp.Or(r.Mix, strconv.Itoa(r.Payload)), r.Flows, r.Burst, r.Workers, r.Engine, r.NsPer, r.AEADNs, r.PPS/1e6, r.Gbps, r.Allocs, stages(r))
 		})
 	}
 	return cmd
+}
+
+// stages returns the times of a row's stages, in the order of their names.
+func stages(r *bench.PipelineRow) string {
+	var s []string
+	for _, name := range fastpath.StageNames {
+		s = append(s, strconv.Itoa(int(r.Stages[name]+0.5)))
+	}
+	return strings.Join(s, "/")
 }
 
 // parsePayloads reads sizes and the word imix.
