@@ -447,20 +447,30 @@ type grouped struct {
 // lookUp begins the look-up of parsed packets: first all slots of the table are
 // fetched, then all flows.
 func (e *Engine) lookUp(g []grouped) {
+	var last uint64
 	for i := range g {
 		if g[i].err == nil {
 			g[i].hash = e.tab.hash(&g[i].seg.Key)
-			e.tab.prefetch(g[i].hash)
-		}
-	}
-	for i := range g {
-		g[i].flow = nil
-		if g[i].err == nil {
-			if f := e.tab.guess(g[i].hash); f != nil {
-				f.prefetch()
-				g[i].flow = f
+			if g[i].hash != last {
+				last = g[i].hash
+				e.tab.prefetch(last)
 			}
 		}
+	}
+	var f *flow
+	last = 0
+	for i := range g {
+		g[i].flow = nil
+		if g[i].err != nil {
+			continue
+		}
+		if g[i].hash != last { // not one more packet of a burst
+			last = g[i].hash
+			if f = e.tab.guess(last); f != nil {
+				f.prefetch()
+			}
+		}
+		g[i].flow = f
 	}
 }
 
