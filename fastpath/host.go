@@ -620,7 +620,7 @@ func (h *Host) watch() {
 			h.err = fmt.Errorf("%s: %w", h.cfg.Inner, err)
 		case <-beat.C:
 			h.beat()
-			if err := h.shed.tick(time.Now(), h.diverter.Shed); err != nil {
+			if err := h.shed.tick(time.Now(), h.passedSYNs, h.diverter.Shed); err != nil {
 				h.log.Warn("SYNs still pass to the stack", "err", err)
 			}
 			if h.cache != nil {
@@ -632,6 +632,13 @@ func (h *Host) watch() {
 		}
 		return
 	}
+}
+
+// passedSYNs returns how many SYNs from the wire did not come to the slow path:
+// those that a host passed to its stack, or a gateway forwarded or refused.
+func (h *Host) passedSYNs() (uint64, error) {
+	c, err := h.diverter.Counters()
+	return c["xdp_syn_passed_shed"] + c["outer_syn_forwarded"] + c["outer_syn_refused"], err
 }
 
 // setMTU follows the MTU of the interface. What the sockets take was decided when
