@@ -309,6 +309,11 @@ func (s *slowSide) handle(ev *Event, now time.Duration) {
 		k.VLAN = 0
 		s.lately.add(k, now)
 		s.m.Gone(ev.Key)
+		if ev.Destroy {
+			// The socket's reset may be among what is to be sent. What destroys a
+			// socket resets its peer, too, which may have begun anew.
+			s.w.transmit()
+		}
 		s.unguard(ev.Key, ev.Destroy)
 		s.undivert(ev.Key)
 		s.settle(&ev.Key)

@@ -693,6 +693,20 @@ func TestStaleSocket(t *testing.T) {
 	s.wantKinds()
 }
 
+// The reset of an older connection's socket does not refuse a new SYN.
+func TestResetOfOlderSocket(t *testing.T) {
+	s := newScript(t, Config{TEPs: []crypto.TEP{crypto.TEPX25519}})
+	s.listening(crypto.TEPX25519)
+	for _, r := range []tcp{
+		{seq: localISS + 5000, flags: packet.RST},
+		{seq: localISS + 5000, ack: peerISS - 700, flags: packet.RST | packet.ACK},
+	} {
+		s.inner(r)
+		s.none()
+	}
+	s.answered()
+}
+
 func TestSimultaneousOpen(t *testing.T) {
 	s := newScript(t, Config{})
 	s.connect()

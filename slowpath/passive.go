@@ -141,6 +141,9 @@ func (m *Machine) passiveInner(f *flow, s *packet.Segment) {
 		m.bury(f, fateDead)
 		m.resetOuter(f)
 		m.report(f.info(), StateFailed, ReasonRefused)
+	case s.Flags&packet.RST != 0 && f.phase == phaseListen && (s.Flags&packet.ACK == 0 || s.Ack != f.irs+1):
+		// Of the socket of an older connection.
+		m.count(dropInner)
 	case s.Flags&packet.RST != 0:
 		m.refused(f, s, packet.FromInner)
 	case isSYNACK && s.Ack == f.irs+1 && f.phase == phaseListen:
