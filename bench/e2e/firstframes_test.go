@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/peer"
 )
@@ -28,20 +27,7 @@ func newOddPath(t *testing.T, im lab.Impair, flags ...string) *oddBed {
 	if _, err := path.Forward(lab.ForwarderOptions{Seed: 1, AtoB: im, BtoA: im}); err != nil {
 		t.Fatal(err)
 	}
-	h, err := peer.Open(path.B)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d, err := daemon.Start(ctx, program, path.A, nil, flags...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("daemon:\n%s", d.Logs())
-		}
-	})
-	return &oddBed{t, ctx, path.A, h, d}
+	return meetOdd(ctx, t, path.A, path.B, flags...)
 }
 
 // firstly is what the peer sends as soon as it has keys: everything, the end of

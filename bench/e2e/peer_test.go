@@ -39,11 +39,17 @@ func newOddBed(t *testing.T, flags ...string) *oddBed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h, err := peer.Open(p.B)
+	return meetOdd(ctx, t, p.A, p.B, flags...)
+}
+
+// meetOdd starts a daemon on the host a and opens the peer at b.
+func meetOdd(ctx context.Context, t *testing.T, a, b *lab.Iface, flags ...string) *oddBed {
+	t.Helper()
+	h, err := peer.Open(b)
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := daemon.Start(ctx, program, p.A, nil, flags...)
+	d, err := daemon.Start(ctx, program, a, nil, flags...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +58,7 @@ func newOddBed(t *testing.T, flags ...string) *oddBed {
 			t.Logf("daemon:\n%s", d.Logs())
 		}
 	})
-	return &oddBed{t, ctx, p.A, h, d}
+	return &oddBed{t, ctx, a, h, d}
 }
 
 // pair opens one connection between an application on the host and the peer.
