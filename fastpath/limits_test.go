@@ -179,6 +179,51 @@ func TestScatteredSegments(t *testing.T) {
 	}
 }
 
+// Data above a gap must not take the room of what fills the gap: the peer would send
+// that again and again, and nothing would ever free the memory (T14).
+func TestGapFilledInFullBudget(t *testing.T) {
+	for _, pressed := range []bool{false, true} {
+		r := newRig(t, rigConfig{sack: true, innerWnd: 1 << 20, shift: 10, rxEdge: 1 << 20, chunks: 512, engine: EngineConfig{Memory: 1 << 20, FlowBudget: 256 << 10}})
+		want := content(0, 0, 128<<10)
+		want = append(want[:len(want):len(want)], want...)
+		want = append(want, want...)
+		var segs []seg
+		for at := 0; at < len(want); at += 1400 {
+			o := int64(r.sealed)
+			segs = append(segs, seg{o: o, data: r.seal(0, want[at:min(at+1400, len(want))])})
+		}
+		k := 1
+		for ; r.e.st.OverBudget == 0 && (!pressed || r.f.oooBytes <= 4*bigSize/3); k++ {
+			if k == len(segs) {
+				t.Fatal("all of it is kept above a gap")
+			}
+			r.outer(segs[k])
+			r.forget()
+		}
+		var free []func()
+		if pressed {
+			r.e.buf.maxHeld = 1
+			free = r.hog()
+		}
+		for _, s := range segs[:k] {
+			r.outer(s)
+		}
+		if n := k - 2; len(r.got) < 1400*n {
+			t.Errorf("pressed %v: delivered %d bytes of %d segments", pressed, len(r.got), n)
+		}
+		for _, f := range free {
+			f()
+		}
+		r.outs, r.ins = nil, nil
+		for _, s := range segs[k-1:] {
+			r.outer(s)
+		}
+		if !bytes.Equal(r.got, want) {
+			t.Errorf("pressed %v: delivered %d bytes of %d", pressed, len(r.got), len(want))
+		}
+	}
+}
+
 // More packets to the inner stack than a vector holds.
 func TestInnerVectorDrains(t *testing.T) {
 	r := newRig(t, rigConfig{sack: true, chunks: 4096})

@@ -409,7 +409,7 @@ func (e *Engine) outerData(f *flow, o int64, data []byte, src source, fin bool) 
 	// A window field is coarse and its edge never retreats, so the edge creeps
 	// while the inner stack's is shut: what goes beyond the budget is not
 	// taken (T13, T14). A frame whose memory is reserved may be completed.
-	if !(f.asm != nil && uint64(o) == f.nxtO) && e.full(f, len(data)) {
+	if !(f.asm != nil && uint64(o) == f.nxtO) && e.full(f, len(data), uint64(o) > f.nxtO) {
 		e.st.OverBudget++
 		f.ackNow = true
 		return
@@ -443,8 +443,9 @@ func (e *Engine) outerData(f *flow, o int64, data []byte, src source, fin bool) 
 }
 
 // full reports whether another n received bytes would be too many to keep, for
-// the flow or for all.
-func (e *Engine) full(f *flow, n int) bool {
+// the flow or for all. What is above a gap leaves room for what fills it: nothing
+// else would ever free its memory (T14).
+func (e *Engine) full(f *flow, n int, above bool) bool {
 	kept := f.kept() + n
 	// Beyond the inner stack's window there is one frame, and what the unit
 	// of the window field adds.
@@ -452,8 +453,14 @@ func (e *Engine) full(f *flow, n int) bool {
 	if kept > e.cfg.FlowBudget || beyond > bigSize+2<<f.localShift {
 		return true
 	}
+	need := kept
+	if !above {
+		need -= f.oooBytes
+	} else if kept > e.cfg.FlowBudget-bigSize {
+		return true
+	}
 	// Under pressure each flow keeps what it needs to go on.
-	return kept > bigSize && e.buf.crowded() && e.buf.used > e.buf.budget/8*7
+	return need > bigSize && e.buf.crowded() && e.buf.used > e.buf.budget/8*7
 }
 
 // kept returns the number of received bytes that the inner stack has not
