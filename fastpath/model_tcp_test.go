@@ -597,8 +597,8 @@ func (m *model) timeout() {
 		m.shrink()
 	}
 	// A window of large units creeps over what its owner has room for (T13): the
-	// peer's answers tell nothing new then, until its application reads.
-	if m.cfg.peerShift < 14 {
+	// peer's answers tell nothing new then, while its application still has to read.
+	if m.cfg.peerShift < 14 || m.peer.nextRead == 0 {
 		m.asked("retransmission")
 	}
 	if m.reset {
@@ -784,12 +784,17 @@ func (m *model) checkVnet(v xdp.VnetHdr, s *packet.Segment) {
 		}
 		return
 	}
+	most := m.cfg.rcvMSS
+	if m.opening != opened {
+		// What options segments will have is not agreed on yet.
+		most = m.cfg.ourMSS
+	}
 	switch {
 	case v.Flags&xdp.VnetNeedsCsum == 0 || int(v.CsumStart) != s.L4 || v.CsumOffset != 16:
 		m.fail("%s: virtio-net header without checksum request: %+v", m.name, v)
 	case !s.ChecksumOK(true):
 		m.fail("%s: bad pseudo-header sum", m.name)
-	case s.Len() > m.cfg.rcvMSS && !m.plain && m.opening == opened && (int(v.GSOSize) > m.cfg.rcvMSS || v.GSOSize == 0 || gso == 0):
+	case s.Len() > most && !m.plain && (int(v.GSOSize) > most || v.GSOSize == 0 || gso == 0):
 		m.fail("%s: %d bytes without segmentation: %+v", m.name, s.Len(), v)
 	case gso != 0 && (gso == xdp.VnetGSOTCPv6) != s.V6:
 		m.fail("%s: wrong GSO type: %+v", m.name, v)

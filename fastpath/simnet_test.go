@@ -159,7 +159,12 @@ func (s *sim) attack(from int, g *packet.Segment) {
 	case 1:
 		seq, flags = s.rng.Uint32(), packet.SYN|flags&uint8(-s.rng.IntN(2))
 	case 2:
-		ack += 1<<20 + s.rng.Uint32N(1<<20)
+		far := uint32(1 << 20)
+		if !s.sc.mayAbort {
+			// An acknowledgement of what was sent is believed.
+			far = max(far, uint32(w.edgeSent-w.ackSent)+2)
+		}
+		ack += far + s.rng.Uint32N(1<<20)
 	case 3:
 		ack -= 1<<30 + s.rng.Uint32N(1<<20)
 	case 4:

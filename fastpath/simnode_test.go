@@ -106,6 +106,9 @@ func (n *simNode) poll() {
 		}
 	}
 	n.outerVec()
+	for _, f := range s.flows {
+		f.wire[n.id].forged = nil
+	}
 	n.spare, n.inner = n.inner, n.spare[:0]
 	if s.sc.gateway[n.id] {
 		n.innerVec(n.spare)
@@ -195,6 +198,9 @@ func eachSegment(b []byte, each func([]byte)) {
 // outputs empties the engine's outputs. The engine calls it, too.
 func (n *simNode) outputs() {
 	s := n.s
+	for _, f := range s.flows {
+		f.wire[n.id].believe()
+	}
 	if s.sc.virtual {
 		n.e.FinishOut(func(*xdp.Desc, uint16, uint16) {})
 	} else {

@@ -3,6 +3,7 @@ package fastpath
 import (
 	"bytes"
 	"fmt"
+	"slices"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/packet"
@@ -51,6 +52,17 @@ type wire struct {
 	tsSent    uint32
 	tsSeen    bool
 	rst       bool
+
+	// forged are an attacker's acknowledgements of more than the peer's, which the
+	// sender's node has in its queue.
+	forged []forgedAck
+}
+
+// forgedAck is an acknowledgement that a sender believes, as any TCP does, if it
+// is of what was sent. sack are the blocks that come with it.
+type forgedAck struct {
+	ack, wnd uint64
+	sack     [][2]uint32
 }
 
 func newWire(s *sim, f *simFlow, from int, key func(uint32) *crypto.Key, init []byte) *wire {
@@ -334,13 +346,28 @@ func (w *wire) checkAck(from, to uint64, sack bool) {
 	if ok {
 		_, e, ok = w.image(to - 1)
 	}
-	if n := &w.s.sc.net[w.from]; !ok && n.forge+n.attack > 0 {
-		// Bytes that got no chunk to travel in were forged.
+	if !ok && w.forgedBeyond(to, sack) {
 		return
 	}
 	if !ok || e > w.acked && !(sack && w.sacked.covers(max(s, w.acked), e)) {
 		w.fail("inner bytes [%d,%d) (SACK %v) are acknowledged: outer [%d,%d) %v, the peer acknowledged %d and %v", from, to, sack, s, e, ok, w.acked, w.sacked)
 	}
+}
+
+// forgedBeyond reports whether the peer acknowledged what never travelled, since
+// somebody forged it where bytes got no chunk to travel in, and so much of it that
+// the inner bytes below to can be meant: each takes an outer one. Where the frames
+// begin that it is in place of, nobody knows.
+func (w *wire) forgedBeyond(to uint64, sack bool) bool {
+	seen, end := uint64(0), w.acked
+	if r, ok := w.have.next(0); ok && r.s == 0 {
+		seen = r.e
+	}
+	if k := len(w.sacked); sack && k > 0 {
+		end = max(end, w.sacked[k-1].e)
+	}
+	least := w.parsed + crypto.FrameHeader + 1 + to - min(to, w.inner)
+	return end > seen && end >= least
 }
 
 // arrived notes what the receiving engine is given, and the window that its
@@ -360,19 +387,37 @@ func (w *wire) arrived(g *packet.Segment, forged bool) {
 	}
 	if g.Flags&packet.ACK != 0 {
 		a := offOf(rev.iss, g.Ack, rev.high)
-		if forged && (a < 0 || a > int64(w.ackSent)) {
-			return
-		}
 		wnd := uint64(g.Wnd) << w.shift
 		if g.Flags&packet.SYN != 0 {
 			wnd = uint64(g.Wnd)
 		}
-		rev.edge = max(rev.edge, uint64(a)+wnd)
-		rev.acked = max(rev.acked, uint64(max(a, 0)))
-		for _, b := range g.SACK[:g.NSACK] {
-			if l, r := offOf(rev.iss, b[0], rev.high), offOf(rev.iss, b[1], rev.high); 0 <= l && l < r {
-				rev.sacked.add(uint64(l), uint64(r))
-			}
+		sack := g.SACK[:g.NSACK]
+		switch {
+		case !forged || 0 <= a && a <= int64(w.ackSent):
+			rev.told(uint64(a), wnd, sack)
+		case a > 0:
+			rev.forged = append(rev.forged, forgedAck{uint64(a), wnd, slices.Clone(sack)})
+		}
+	}
+}
+
+// told notes what the sender learns from an acknowledgement.
+func (w *wire) told(ack, wnd uint64, sack [][2]uint32) {
+	w.edge = max(w.edge, ack+wnd)
+	w.acked = max(w.acked, uint64(max(int64(ack), 0)))
+	for _, b := range sack {
+		if l, r := offOf(w.iss, b[0], w.high), offOf(w.iss, b[1], w.high); 0 <= l && l < r {
+			w.sacked.add(uint64(l), uint64(r))
+		}
+	}
+}
+
+// believe notes what the sender has learnt from forged acknowledgements: those of
+// numbers that it has sent pass for the peer's.
+func (w *wire) believe() {
+	for _, a := range w.forged {
+		if a.ack <= w.high {
+			w.told(a.ack, a.wnd, a.sack)
 		}
 	}
 }
