@@ -144,15 +144,18 @@ func Rewrite(dst []byte, s *Segment, opts, payload []byte) []byte {
 // PutIPv4Checksum writes the checksum of the IPv4 header ip.
 func PutIPv4Checksum(ip []byte) {
 	ip[10], ip[11] = 0, 0
-	if ip[0] == 0x45 {
+	binary.LittleEndian.PutUint16(ip[10:], ^foldIPv4(ip[:int(ip[0]&15)*4]))
+}
+
+// foldIPv4 returns the folded sum of a whole IPv4 header.
+func foldIPv4(ip []byte) uint16 {
+	if len(ip) == IPv4Len {
 		le := binary.LittleEndian
-		ip = ip[:IPv4Len]
 		// Two words of 64 bits may carry; halves of them do not.
 		a, b := le.Uint64(ip), le.Uint64(ip[8:])
-		binary.LittleEndian.PutUint16(ip[10:], ^Fold(a>>32+a&0xffffffff+b>>32+b&0xffffffff+uint64(le.Uint32(ip[16:]))))
-		return
+		return Fold(a>>32 + a&0xffffffff + b>>32 + b&0xffffffff + uint64(le.Uint32(ip[16:])))
 	}
-	binary.LittleEndian.PutUint16(ip[10:], ^Fold(Sum(ip[:int(ip[0]&15)*4], 0)))
+	return Fold(Sum(ip, 0))
 }
 
 // pseudoSum returns the unfolded sum of the pseudo-header of the IP packet ip
@@ -195,7 +198,7 @@ func PartialChecksum(f []byte, l3, l4, l4len int, v6 bool) {
 // deliver for packets that never left this machine (T12).
 func (s *Segment) ChecksumOK(virtual bool) bool {
 	t := s.Frame[s.L4:]
-	if !s.V6 && Fold(Sum(s.Frame[s.L3:s.L4], 0)) != 0xffff {
+	if !s.V6 && foldIPv4(s.Frame[s.L3:s.L4]) != 0xffff {
 		return false
 	}
 	p := pseudoSum(s.Frame[s.L3:], s.V6, 6, len(t))

@@ -316,8 +316,8 @@ func Parse(f []byte, dir Direction, s *Segment) error {
 		copy(dst[:], ip[24:40])
 	} else {
 		s.TOS = ip[1]
-		*src = [16]byte{10: 0xff, 11: 0xff, 12: ip[12], 13: ip[13], 14: ip[14], 15: ip[15]}
-		*dst = [16]byte{10: 0xff, 11: 0xff, 12: ip[16], 13: ip[17], 14: ip[18], 15: ip[19]}
+		mapV4(src, ip[12:])
+		mapV4(dst, ip[16:])
 	}
 	o := t[TCPLen:hl]
 	if len(o) == 12 && binary.BigEndian.Uint32(o) == 0x0101080a {
@@ -327,6 +327,14 @@ func Parse(f []byte, dir Direction, s *Segment) error {
 		return nil
 	}
 	return s.parseOptions(o)
+}
+
+// mapV4 stores the IPv4 address at ip v4-mapped: in words as Hash reads them, since
+// a word that was just stored in bytes must get to the cache before it can be read.
+func mapV4(a *[16]byte, ip []byte) {
+	le := binary.LittleEndian
+	le.PutUint64(a[:], 0)
+	le.PutUint64(a[8:], uint64(le.Uint32(ip))<<32|0xffff<<16)
 }
 
 func (s *Segment) parseOptions(o []byte) error {

@@ -10,6 +10,10 @@ import (
 // pieces are chained, all but the last must have even length.
 func Sum(b []byte, start uint64) uint64 {
 	var c uint64
+	if len(b) >= vectorMin && hasWide {
+		start, c = bits.Add64(start, sumWide(&b[0], len(b)), 0)
+		return start + c
+	}
 	if len(b) >= vectorMin && hasVector {
 		n := len(b) &^ 31
 		start, c = bits.Add64(start, sumVector(&b[0], n), 0)
@@ -23,6 +27,10 @@ func Sum(b []byte, start uint64) uint64 {
 // returns what Sum does for src: both in one pass over the memory.
 func CopySum(dst, src []byte, start uint64) uint64 {
 	dst = dst[:len(src):len(src)]
+	if len(src) >= vectorMin && hasWide {
+		s, c := bits.Add64(start, copySumWide(&dst[0], &src[0], len(src)), 0)
+		return s + c
+	}
 	if len(src) >= vectorMin && hasVector {
 		n := len(src) &^ 31
 		s, c := bits.Add64(start, copySumVector(&dst[0], &src[0], n), 0)
@@ -58,29 +66,26 @@ func sumWords(b []byte, a uint64) uint64 {
 		a += c
 		b = b[64:]
 	}
+	// What is left is too little for the sum of 32-bit words to overflow.
+	var t uint64
 	for len(b) >= 8 {
-		a, c = bits.Add64(a, binary.LittleEndian.Uint64(b), 0)
-		a += c
+		w := binary.LittleEndian.Uint64(b)
+		t += w>>32 + w&0xffffffff
 		b = b[8:]
 	}
-	var t uint64
 	if len(b) >= 4 {
-		t = uint64(binary.LittleEndian.Uint32(b))
+		t += uint64(binary.LittleEndian.Uint32(b))
 		b = b[4:]
-		a, c = bits.Add64(a, t, 0)
-		a += c
 	}
 	if len(b) >= 2 {
-		t = uint64(binary.LittleEndian.Uint16(b))
+		t += uint64(binary.LittleEndian.Uint16(b))
 		b = b[2:]
-		a, c = bits.Add64(a, t, 0)
-		a += c
 	}
 	if len(b) > 0 {
-		a, c = bits.Add64(a, uint64(b[0]), 0)
-		a += c
+		t += uint64(b[0])
 	}
-	return a
+	a, c = bits.Add64(a, t, 0)
+	return a + c
 }
 
 // Fold reduces a sum to 16 bits, to be stored as a little-endian word.
