@@ -200,7 +200,7 @@ func (e *Engine) newOuter(f *flow, h *packet.Header, n int) []byte {
 	addr += xdp.Headroom
 	b := e.umem.Bytes(addr, packet.MaxHeaders+n)
 	hl := f.outer.Compose(b, h, n)
-	e.pushOuter(xdp.Desc{Addr: addr, Len: uint32(hl + n)}, outMeta{l3: uint8(f.outer.L3()), l4: uint8(f.outer.L4()), v6: f.outer.V6()})
+	e.pushOuter(xdp.Desc{Addr: addr, Len: uint32(hl + n)}, f.outer.L3(), f.outer.L4(), f.outer.V6())
 	return b[hl : hl+n]
 }
 

@@ -356,12 +356,18 @@ func (e *Engine) info(f *flow) FlowInfo {
 	}
 }
 
-func (e *Engine) pushOuter(d xdp.Desc, m outMeta) {
+// pushOuter adds a frame, with the offsets of its IP and TCP headers, to the
+// outgoing vector; l4 is 0 if its checksums are right already.
+func (e *Engine) pushOuter(d xdp.Desc, l3, l4 int, v6 bool) *outMeta {
 	if len(e.out) == cap(e.out) {
 		e.cfg.Drain()
 	}
-	e.out = append(e.out, d)
-	e.outMeta = append(e.outMeta, m)
+	n := len(e.out)
+	e.out, e.outMeta = e.out[:n+1], e.outMeta[:n+1]
+	o, m := &e.out[n], &e.outMeta[n]
+	o.Addr, o.Len, o.Options = d.Addr, d.Len, d.Options
+	m.l3, m.l4, m.v6, m.summed, m.sum = uint8(l3), uint8(l4), v6, false, 0
+	return m
 }
 
 func (e *Engine) newInner() *InnerPacket {
@@ -474,11 +480,15 @@ func (e *Engine) lookUp(g []grouped) {
 	}
 }
 
-// parseChunks parses the packets in the first chunks of v and looks them up.
-func (e *Engine) parseChunks(g []grouped, v []xdp.Desc, dir packet.Direction) {
-	for i := range g {
+// fetchHeads has the cache fetch the headers of the next packets of v.
+func (e *Engine) fetchHeads(v []xdp.Desc) {
+	for i := range v[:min(len(v), groupSize)] {
 		prefetch(unsafe.Pointer(unsafe.SliceData(e.umem.Bytes(v[i].Addr, int(v[i].Len)))), 2)
 	}
+}
+
+// parseChunks parses the packets in the first chunks of v and looks them up.
+func (e *Engine) parseChunks(g []grouped, v []xdp.Desc, dir packet.Direction) {
 	for i := range g {
 		g[i].err = packet.Parse(e.umem.Bytes(v[i].Addr, int(v[i].Len)), dir, &g[i].seg)
 	}
@@ -498,10 +508,12 @@ func (e *Engine) found(p *grouped) *flow {
 // OuterIn works on a vector of frames from the wire. It takes over their chunks.
 func (e *Engine) OuterIn(v []xdp.Desc, now time.Duration) {
 	e.now = now
+	e.fetchHeads(v)
 	for len(v) > 0 {
 		g := e.group[:min(len(v), groupSize)]
 		e.mark(StageTranslate)
 		e.parseChunks(g, v, packet.FromOuter)
+		e.fetchHeads(v[len(g):])
 		for i := range g {
 			d := &v[i]
 			r := e.buf.hold(d.Addr)
@@ -1188,7 +1200,7 @@ func (e *Engine) SendOuter(frame []byte, now time.Duration) {
 		return
 	}
 	n := copy(e.umem.Bytes(addr, len(frame)), frame[:x.End])
-	e.pushOuter(xdp.Desc{Addr: addr, Len: uint32(n)}, outMeta{l3: uint8(x.L3), l4: uint8(x.L4), v6: x.V6})
+	e.pushOuter(xdp.Desc{Addr: addr, Len: uint32(n)}, x.L3, x.L4, x.V6)
 }
 
 // SendInner injects a frame into the local stack. The frame must have come

@@ -122,21 +122,24 @@ type flow struct {
 
 	bytesIn, bytesOut, framesIn, framesOut uint64
 
+	// What is looked at in nearly every packet, if only to find nothing.
+	initO   uint64 // end of the Init message that this side sent
+	pmtu    int
+	holdRTO time.Duration
+	ctlRTO  time.Duration
+	rtt     time.Duration
+	backlog []backlogged // inner data above sealI (T7)
+	ooo     []oooSeg     // sorted, disjoint, above nxtO
+	runs    []run        // the same, as runs for SACK
+	dsack   run
+	stamp   uint32
+
 	// --- what few packets need ---
-	initO    uint64 // end of the Init message that this side sent
-	holdRTO  time.Duration
-	ctlRTO   time.Duration
-	backlog  []backlogged // inner data above sealI (T7)
 	asmRef   ref
 	asmOff   uint32
-	ooo      []oooSeg // sorted, disjoint, above nxtO
-	runs     []run    // the same, as runs for SACK
-	stamp    uint32
-	dsack    run
 	peerFinO uint64
 	sess     *crypto.Session
 	release  []byte
-	pmtu     int
 
 	challengeAt time.Duration // start of the current second of challenge ACKs
 	challengeN  int
@@ -151,7 +154,6 @@ type flow struct {
 	resumed   bool
 	peerAware bool // a bit of the peer's ENO option
 	reason    string
-	rtt       time.Duration
 
 	retransmits, rekeysIn, rekeysOut uint64
 }
@@ -175,6 +177,13 @@ type piece struct {
 	n    uint32
 	urg  uint16 // urgent pointer relative to the piece, 0 for none
 	mark uint8
+}
+
+// set stores every field. A literal would be made on the stack in small pieces and
+// copied in larger ones, which have to wait for the small ones to get to the cache;
+// so it is with other structures that packets fill in.
+func (p *piece) set(at uint64, r ref, off uint32, n, urg int, mark uint8) {
+	p.at, p.ref.kind, p.ref.idx, p.off, p.n, p.urg, p.mark = at, r.kind, r.idx, off, uint32(n), uint16(urg), mark
 }
 
 // Marks of received bytes.

@@ -21,9 +21,11 @@ const txRoom = 32
 // their chunks.
 func (e *Engine) InnerChunks(v []xdp.Desc, now time.Duration) {
 	e.now = now
+	e.fetchHeads(v)
 	for len(v) > 0 {
 		g := e.group[:min(len(v), groupSize)]
 		e.parseChunks(g, v, packet.FromInner)
+		e.fetchHeads(v[len(g):])
 		for i := range g {
 			d := &v[i]
 			r := e.buf.hold(d.Addr)
@@ -106,7 +108,7 @@ func (r *rec) whole(o uint64, n int) bool {
 func (e *Engine) sendSealed(f *flow, h *packet.Header, r *rec, n int) bool {
 	d, ok := e.compose(&f.outer, h, r.ref, r.off, n)
 	if ok {
-		e.pushOuter(d, outMeta{l3: uint8(f.outer.L3()), l4: uint8(f.outer.L4()), v6: f.outer.V6()})
+		e.pushOuter(d, f.outer.L3(), f.outer.L4(), f.outer.V6())
 	}
 	return ok
 }

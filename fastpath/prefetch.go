@@ -7,7 +7,7 @@ import "unsafe"
 const cacheLine = 64
 
 // hotBytes is how much of a flow packets in order need.
-const hotBytes = unsafe.Offsetof(flow{}.initO)
+const hotBytes = unsafe.Offsetof(flow{}.asmRef)
 
 // prefetch has the cache fetch what packets in order need of a flow.
 func (f *flow) prefetch() {

@@ -158,8 +158,11 @@ func (e *Engine) queueOpen(f *flow, frame []byte, r ref, off uint32, mark uint8)
 		f.rxGenQ++
 		f.rxKey = f.sess.RecvKey(f.rxGenQ)
 	}
-	e.open = append(e.open, crypto.OpenOp{Key: f.rxKey, Frame: frame, Offset: f.frameO})
-	e.openMeta = append(e.openMeta, openMeta{f, r, off, control, mark})
+	n := len(e.open)
+	e.open, e.openMeta = e.open[:n+1], e.openMeta[:n+1]
+	op, m := &e.open[n], &e.openMeta[n] // zero until here
+	op.Key, op.Frame, op.Offset = f.rxKey, frame, f.frameO
+	m.f, m.ref, m.off, m.control, m.mark = f, r, off, control, mark
 	f.opening += uint64(len(frame))
 	e.touch(f)
 }
@@ -244,12 +247,12 @@ func (e *Engine) keep(f *flow, m *openMeta, data []byte, at, urg int) {
 					return
 				}
 			}
-			*f.pieces.push(&e.pieces) = piece{f.dlvI, r, o, uint32(n), uint16(urg), m.mark}
+			f.pieces.push(&e.pieces).set(f.dlvI, r, o, n, urg, m.mark)
 			return
 		}
 	}
 	e.addHold(m.ref)
-	*f.pieces.push(&e.pieces) = piece{f.dlvI, m.ref, off, uint32(n), uint16(urg), m.mark}
+	f.pieces.push(&e.pieces).set(f.dlvI, m.ref, off, n, urg, m.mark)
 }
 
 // insertOOO keeps an outer segment's payload above a gap. It reports whether

@@ -260,11 +260,15 @@ func (e *Engine) sealFrame(f *flow, src []byte, at source, fl byte, urgent int, 
 		}
 		src = p
 	}
-	*f.recs.push(&e.recs) = rec{o: f.sealO, i: f.sealI, oLen: uint32(total), iLen: uint32(data), ref: r, off: off, hdr: uint8(hdr), psh: psh}
+	c := f.recs.push(&e.recs)
+	c.o, c.i, c.oLen, c.iLen = f.sealO, f.sealI, uint32(total), uint32(data)
+	c.ref.kind, c.ref.idx, c.off, c.hdr, c.fin, c.psh = r.kind, r.idx, off, uint8(hdr), false, psh
 	if len(e.seal) == cap(e.seal) {
 		e.runSeal()
 	}
-	e.seal = append(e.seal, crypto.SealOp{Key: f.txKey, Dst: mem, Src: src, Flags: fl, Control: control, Offset: f.sealO})
+	e.seal = e.seal[:len(e.seal)+1]
+	op := &e.seal[len(e.seal)-1]
+	op.Key, op.Dst, op.Src, op.Flags, op.Control, op.Offset = f.txKey, mem, src, fl, control, f.sealO
 	f.sealI += uint64(data)
 	f.sealO += uint64(total)
 	f.txBytes += total
