@@ -14,6 +14,7 @@ import (
 // may use it.
 type flowMap struct {
 	flows, pairs *ebpf.Map
+	listing      *ebpf.Map // 1 while anything is listed; nil: nobody asks
 
 	n     atomic.Int64
 	mu    sync.Mutex
@@ -25,7 +26,8 @@ func newFlowMap(flows, pairs *ebpf.Map) *flowMap {
 }
 
 // insert lists a connection or changes the value of a listed one. The pair
-// comes first: while the connection is listed, its fragments are dropped.
+// comes first: while the connection is listed, its fragments are dropped. Before
+// it, if this is the first, the programs are told to look at all.
 func (m *flowMap) insert(key FlowKey, value uint32) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -35,6 +37,11 @@ func (m *flowMap) insert(key FlowKey, value uint32) error {
 	}
 	if !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return m.wrap("update", key, err)
+	}
+	if m.n.Load() == 0 {
+		if err := m.setListing(1); err != nil {
+			return err
+		}
 	}
 	pair := [32]byte(key[:32])
 	if m.users[pair] == 0 {
@@ -61,8 +68,21 @@ func (m *flowMap) delete(key FlowKey) error {
 	if err != nil {
 		return m.wrap("delete", key, err)
 	}
-	m.n.Add(-1)
-	return m.releasePair([32]byte(key[:32]))
+	n := m.n.Add(-1)
+	if err := m.releasePair([32]byte(key[:32])); err != nil || n > 0 {
+		return err
+	}
+	return m.setListing(0)
+}
+
+func (m *flowMap) setListing(v uint32) error {
+	if m.listing == nil {
+		return nil
+	}
+	if err := m.listing.Put(uint32(0), v); err != nil {
+		return fmt.Errorf("xdp: tell eBPF programs whether connections are listed: %w", err)
+	}
+	return nil
 }
 
 // keys lists the connections.

@@ -233,14 +233,22 @@ func (g *Guard) load(cfg GuardConfig, tag uint16) error {
 	if err != nil {
 		return fmt.Errorf("read eBPF object: %w", err)
 	}
-	if err := errors.Join(spec.Variables["mark"].Set(cfg.Mark), spec.Variables["tag"].Set(tag)); err != nil {
+	if err := errors.Join(spec.Variables["mark"].Set(cfg.Mark), spec.Variables["tag"].Set(tag),
+		spec.Variables["refusing"].Set(cfg.Policy.requires())); err != nil {
 		return fmt.Errorf("set eBPF variables: %w", err)
 	}
 	if g.collection, err = ebpf.NewCollection(spec); err != nil {
 		return loadError(err)
 	}
-	g.flows = newFlowMap(g.collection.Maps["guard_flows"], g.collection.Maps["guard_pairs"])
+	g.flows = guardFlows(g.collection)
 	return cfg.Policy.write(g.collection.Maps["policy"])
+}
+
+// guardFlows returns the connections that a guard's programs have listed.
+func guardFlows(c *ebpf.Collection) *flowMap {
+	m := newFlowMap(c.Maps["guard_flows"], c.Maps["guard_pairs"])
+	m.listing = c.Maps["guard_listing"]
+	return m
 }
 
 // A leftGuard is what an earlier process left.

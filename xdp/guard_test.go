@@ -356,6 +356,59 @@ func TestGuardSharesQdisc(t *testing.T) {
 	}
 }
 
+// The programs look at packets from the first connection that is listed on, until
+// the last one is not any more.
+func TestGuardListing(t *testing.T) {
+	needRoot(t)
+	spec, err := bpf.LoadGuard()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := spec.Variables["mark"].Set(uint32(0x7654321)); err != nil {
+		t.Fatal(err)
+	}
+	c, err := ebpf.NewCollection(spec)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	defer c.Close()
+	g := &Guard{collection: c, flows: guardFlows(c)}
+	first, second := NewFlowKey(local4, remote4, 0), NewFlowKey(local6, remote6, 7)
+	frame := (&segment{src: remote4, dst: local4}).frame()
+	for i, step := range []struct {
+		do      func(FlowKey) error
+		key     FlowKey
+		listing uint32
+		verdict uint32 // on a packet of the first connection
+	}{
+		{g.Delete, first, 0, tcNext},
+		{g.Insert, first, 1, tcShot},
+		{g.Insert, first, 1, tcShot},
+		{g.Insert, second, 1, tcShot},
+		{g.Delete, first, 1, tcNext},
+		{g.Delete, first, 1, tcNext},
+		{g.Insert, first, 1, tcShot},
+		{g.Delete, second, 1, tcShot},
+		{g.Delete, first, 0, tcNext},
+		{g.Insert, first, 1, tcShot},
+	} {
+		if err := step.do(step.key); err != nil {
+			t.Fatal(err)
+		}
+		var listing uint32
+		if err := c.Maps["guard_listing"].Lookup(uint32(0), &listing); err != nil {
+			t.Fatal(err)
+		}
+		verdict, err := c.Programs["guard_ingress"].Run(&ebpf.RunOptions{Data: frame})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if listing != step.listing || verdict != step.verdict {
+			t.Errorf("step %d: listing %d, verdict %d, want %d and %d", i, listing, int32(verdict), step.listing, int32(step.verdict))
+		}
+	}
+}
+
 func TestGuardVerdicts(t *testing.T) {
 	needRoot(t)
 	spec, err := bpf.LoadGuard()
@@ -371,7 +424,7 @@ func TestGuardVerdicts(t *testing.T) {
 		t.Fatalf("%+v", err)
 	}
 	defer c.Close()
-	g := &Guard{collection: c, flows: newFlowMap(c.Maps["guard_flows"], c.Maps["guard_pairs"])}
+	g := &Guard{collection: c, flows: guardFlows(c)}
 	for _, key := range []FlowKey{NewFlowKey(local4, remote4, 0), NewFlowKey(local6, remote6, 7)} {
 		if err := g.Insert(key); err != nil {
 			t.Fatal(err)

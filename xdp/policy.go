@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/cilium/ebpf"
 
@@ -41,6 +42,11 @@ type Policy struct {
 	Rules          []Rule
 	Ports, Exclude [][2]uint16
 	Require        bool
+}
+
+// requires reports whether any connection may be one that must be encrypted.
+func (p *Policy) requires() bool {
+	return p.Require || slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Verdict == VerdictRequire })
 }
 
 // write puts the policy into a map of bpf/policy.h. While it runs, SYNs may be

@@ -17,6 +17,7 @@
 /* Set before loading: the mark of injected packets, never 0. With the process
  * gone nobody sets it. */
 const volatile __u32 mark;
+const volatile bool refusing; /* the policy requires encryption of some connections */
 
 /* walk finds TCP behind what the plain parser stops at, several tags and the
  * extension headers of IPv6: the stack gets past them, so they must not hide a
@@ -172,6 +173,8 @@ int guard_ingress(struct __sk_buff *skb)
 		count(INGRESS_COUNT_INJECTED);
 		return TC_ACT_UNSPEC;
 	}
+	if (!refusing && !listing())
+		return TC_ACT_UNSPEC;
 	switch (judge(skb, &p, false, &whole)) {
 	case REFUSED:
 		count(INGRESS_COUNT_REFUSED);
@@ -205,6 +208,8 @@ int guard_egress(struct __sk_buff *skb)
 		count(EGRESS_COUNT_INJECTED);
 		return TC_ACT_SHOT;
 	}
+	if (!refusing && !listing())
+		return TC_ACT_UNSPEC;
 	switch (judge(skb, &p, true, &whole)) {
 	case REFUSED:
 		count(EGRESS_COUNT_REFUSED);

@@ -32,6 +32,23 @@ struct {
 	__type(value, __u32);
 } guard_pairs SEC(".maps");
 
+/* Whether any connection is listed. User space sets it before it lists the first
+ * and clears it after the last: while nothing is listed, plain packets cost each
+ * layer this one look. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} guard_listing SEC(".maps");
+
+static __always_inline bool listing(void)
+{
+	__u32 zero = 0, *value = bpf_map_lookup_elem(&guard_listing, &zero);
+
+	return !value || *value;
+}
+
 /* The devices behind which the diverter, or else guard_egress, sees what leaves. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

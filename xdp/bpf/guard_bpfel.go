@@ -54,11 +54,13 @@ const (
 	GuardMapGuardCounters = "guard_counters"
 	GuardMapGuardExits    = "guard_exits"
 	GuardMapGuardFlows    = "guard_flows"
+	GuardMapGuardListing  = "guard_listing"
 	GuardMapGuardPairs    = "guard_pairs"
 	GuardMapPolicy        = "policy"
 	GuardProgGuardEgress  = "guard_egress"
 	GuardProgGuardIngress = "guard_ingress"
 	GuardVarMark          = "mark"
+	GuardVarRefusing      = "refusing"
 	GuardVarTag           = "tag"
 )
 
@@ -115,6 +117,7 @@ type GuardMapSpecs struct {
 	GuardCounters *ebpf.MapSpec `ebpf:"guard_counters"`
 	GuardExits    *ebpf.MapSpec `ebpf:"guard_exits"`
 	GuardFlows    *ebpf.MapSpec `ebpf:"guard_flows"`
+	GuardListing  *ebpf.MapSpec `ebpf:"guard_listing"`
 	GuardPairs    *ebpf.MapSpec `ebpf:"guard_pairs"`
 	Policy        *ebpf.MapSpec `ebpf:"policy"`
 }
@@ -123,8 +126,9 @@ type GuardMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type GuardVariableSpecs struct {
-	Mark *ebpf.VariableSpec `ebpf:"mark"`
-	Tag  *ebpf.VariableSpec `ebpf:"tag"`
+	Mark     *ebpf.VariableSpec `ebpf:"mark"`
+	Refusing *ebpf.VariableSpec `ebpf:"refusing"`
+	Tag      *ebpf.VariableSpec `ebpf:"tag"`
 }
 
 // GuardObjects contains all objects after they have been loaded into the kernel.
@@ -150,6 +154,7 @@ type GuardMaps struct {
 	GuardCounters *ebpf.Map `ebpf:"guard_counters"`
 	GuardExits    *ebpf.Map `ebpf:"guard_exits"`
 	GuardFlows    *ebpf.Map `ebpf:"guard_flows"`
+	GuardListing  *ebpf.Map `ebpf:"guard_listing"`
 	GuardPairs    *ebpf.Map `ebpf:"guard_pairs"`
 	Policy        *ebpf.Map `ebpf:"policy"`
 }
@@ -159,6 +164,7 @@ func (m *GuardMaps) Close() error {
 		m.GuardCounters,
 		m.GuardExits,
 		m.GuardFlows,
+		m.GuardListing,
 		m.GuardPairs,
 		m.Policy,
 	)
@@ -168,8 +174,9 @@ func (m *GuardMaps) Close() error {
 //
 // It can be passed to LoadGuardObjects or ebpf.CollectionSpec.LoadAndAssign.
 type GuardVariables struct {
-	Mark *ebpf.Variable `ebpf:"mark"`
-	Tag  *ebpf.Variable `ebpf:"tag"`
+	Mark     *ebpf.Variable `ebpf:"mark"`
+	Refusing *ebpf.Variable `ebpf:"refusing"`
+	Tag      *ebpf.Variable `ebpf:"tag"`
 }
 
 // GuardPrograms contains all programs after they have been loaded into the kernel.

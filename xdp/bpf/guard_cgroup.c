@@ -111,17 +111,22 @@ static __always_inline int socket_out(struct __sk_buff *skb)
 }
 
 /* The programs meet the sockets of the whole machine: first of all they pass
- * what is not of their namespace. */
+ * everything while nothing is listed, and what is not of their namespace. */
+static __always_inline bool concerns(struct __sk_buff *skb)
+{
+	return listing() && bpf_get_netns_cookie(skb) == netns;
+}
+
 SEC("cgroup_skb/ingress")
 int guard_socket_in(struct __sk_buff *skb)
 {
-	return bpf_get_netns_cookie(skb) == netns ? socket_in(skb) : PASS;
+	return concerns(skb) ? socket_in(skb) : PASS;
 }
 
 SEC("cgroup_skb/egress")
 int guard_socket_out(struct __sk_buff *skb)
 {
-	return bpf_get_netns_cookie(skb) == netns ? socket_out(skb) : PASS;
+	return concerns(skb) ? socket_out(skb) : PASS;
 }
 
 char _license[] SEC("license") = "GPL";

@@ -52,7 +52,7 @@ static __always_inline enum listed judge(struct bpf_nf_ctx *ctx, bool outbound)
 SEC("netfilter")
 int guard_local_in(struct bpf_nf_ctx *ctx)
 {
-	if (is_passed(ctx->skb->tc_index))
+	if (!listing() || is_passed(ctx->skb->tc_index))
 		return NF_ACCEPT;
 	switch (judge(ctx, false)) {
 	case LISTED_FLOW:
@@ -72,8 +72,11 @@ int guard_local_in(struct bpf_nf_ctx *ctx)
 SEC("netfilter")
 int guard_postrouting(struct bpf_nf_ctx *ctx)
 {
-	__u32 device = ctx->state->out->ifindex;
+	__u32 device;
 
+	if (!listing())
+		return NF_ACCEPT;
+	device = ctx->state->out->ifindex;
 	if (bpf_map_lookup_elem(&guard_exits, &device))
 		return NF_ACCEPT;
 	switch (judge(ctx, true)) {

@@ -36,6 +36,7 @@ const (
 	GuardCgroupMapGuardCounters   = "guard_counters"
 	GuardCgroupMapGuardExits      = "guard_exits"
 	GuardCgroupMapGuardFlows      = "guard_flows"
+	GuardCgroupMapGuardListing    = "guard_listing"
 	GuardCgroupMapGuardPairs      = "guard_pairs"
 	GuardCgroupProgGuardSocketIn  = "guard_socket_in"
 	GuardCgroupProgGuardSocketOut = "guard_socket_out"
@@ -96,6 +97,7 @@ type GuardCgroupMapSpecs struct {
 	GuardCounters *ebpf.MapSpec `ebpf:"guard_counters"`
 	GuardExits    *ebpf.MapSpec `ebpf:"guard_exits"`
 	GuardFlows    *ebpf.MapSpec `ebpf:"guard_flows"`
+	GuardListing  *ebpf.MapSpec `ebpf:"guard_listing"`
 	GuardPairs    *ebpf.MapSpec `ebpf:"guard_pairs"`
 }
 
@@ -130,6 +132,7 @@ type GuardCgroupMaps struct {
 	GuardCounters *ebpf.Map `ebpf:"guard_counters"`
 	GuardExits    *ebpf.Map `ebpf:"guard_exits"`
 	GuardFlows    *ebpf.Map `ebpf:"guard_flows"`
+	GuardListing  *ebpf.Map `ebpf:"guard_listing"`
 	GuardPairs    *ebpf.Map `ebpf:"guard_pairs"`
 }
 
@@ -138,6 +141,7 @@ func (m *GuardCgroupMaps) Close() error {
 		m.GuardCounters,
 		m.GuardExits,
 		m.GuardFlows,
+		m.GuardListing,
 		m.GuardPairs,
 	)
 }

@@ -36,6 +36,7 @@ const (
 	GuardNetfilterMapGuardCounters     = "guard_counters"
 	GuardNetfilterMapGuardExits        = "guard_exits"
 	GuardNetfilterMapGuardFlows        = "guard_flows"
+	GuardNetfilterMapGuardListing      = "guard_listing"
 	GuardNetfilterMapGuardPairs        = "guard_pairs"
 	GuardNetfilterProgGuardLocalIn     = "guard_local_in"
 	GuardNetfilterProgGuardPostrouting = "guard_postrouting"
@@ -95,6 +96,7 @@ type GuardNetfilterMapSpecs struct {
 	GuardCounters *ebpf.MapSpec `ebpf:"guard_counters"`
 	GuardExits    *ebpf.MapSpec `ebpf:"guard_exits"`
 	GuardFlows    *ebpf.MapSpec `ebpf:"guard_flows"`
+	GuardListing  *ebpf.MapSpec `ebpf:"guard_listing"`
 	GuardPairs    *ebpf.MapSpec `ebpf:"guard_pairs"`
 }
 
@@ -128,6 +130,7 @@ type GuardNetfilterMaps struct {
 	GuardCounters *ebpf.Map `ebpf:"guard_counters"`
 	GuardExits    *ebpf.Map `ebpf:"guard_exits"`
 	GuardFlows    *ebpf.Map `ebpf:"guard_flows"`
+	GuardListing  *ebpf.Map `ebpf:"guard_listing"`
 	GuardPairs    *ebpf.Map `ebpf:"guard_pairs"`
 }
 
@@ -136,6 +139,7 @@ func (m *GuardNetfilterMaps) Close() error {
 		m.GuardCounters,
 		m.GuardExits,
 		m.GuardFlows,
+		m.GuardListing,
 		m.GuardPairs,
 	)
 }
