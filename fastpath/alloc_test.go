@@ -1,6 +1,8 @@
 package fastpath
 
 import (
+	"runtime"
+	"runtime/debug"
 	"testing"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
@@ -134,6 +136,61 @@ func TestNoAllocation(t *testing.T) {
 		}
 		b.r.e.Events()
 		if b.r.f.state != flowLive || b.r.f.bytesIn == 0 || b.r.f.unaO != b.r.f.sealO || b.r.f.innerAck != b.r.f.dlvI {
+			t.Fatal("the flow did not flow")
+		}
+	}
+}
+
+// No stage of the work on a vector of packets allocates, in either direction, for
+// which the heap is looked at as each ends. What a stage allocates is found by it.
+func TestNoAllocationByStage(t *testing.T) {
+	const few = 3                                    // of a hundred, which other goroutines may have made
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // the collector's own do not count
+	for _, batch := range []int{1, 32} {
+		b := newBulk(t, batch)
+		for range 200 {
+			b.receive()
+			b.send()
+		}
+		for _, d := range []struct {
+			name string
+			run  func()
+		}{{"receiving", b.receive}, {"sending", b.send}} {
+			for planted := range NumStages + 1 { // the last plants nothing
+				const times = 100
+				var passed, allocs [NumStages]int
+				var m runtime.MemStats
+				var last uint64
+				var leak *[64]byte
+				b.r.e.Measure(&StageTimes{ended: func(stage int) {
+					if stage == planted {
+						leak = new([64]byte)
+					}
+					runtime.ReadMemStats(&m)
+					passed[stage]++
+					allocs[stage] += int(min(m.Mallocs-last, 1))
+					last = m.Mallocs
+				}})
+				runtime.ReadMemStats(&m)
+				last = m.Mallocs
+				for range times {
+					d.run()
+				}
+				b.r.e.Measure(nil)
+				for stage, name := range StageNames {
+					switch {
+					case passed[stage] < times:
+						t.Errorf("%s %d segments passes stage %s %d times in %d rounds", d.name, batch, name, passed[stage], times)
+					case stage == planted && allocs[stage] != passed[stage]:
+						t.Errorf("%s: %d of %d allocations in stage %s are found", d.name, allocs[stage], passed[stage], name)
+					case stage != planted && allocs[stage] > few:
+						t.Errorf("%s %d segments: stage %s allocates in %d of %d passes", d.name, batch, name, allocs[stage], passed[stage])
+					}
+				}
+				runtime.KeepAlive(leak)
+			}
+		}
+		if b.r.f.state != flowLive || b.r.f.unaO != b.r.f.sealO || b.r.f.innerAck != b.r.f.dlvI {
 			t.Fatal("the flow did not flow")
 		}
 	}

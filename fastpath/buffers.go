@@ -49,7 +49,8 @@ type buffers struct {
 	freeBig   []uint32 // slabs of bigSize without refs
 	freeSmall []uint32 // slabs of smallSize without refs
 	used      int      // bytes of all slabs with refs
-	budget    int      // most bytes of slabs
+	rings     int      // bytes of the storage that flows' queues are lent, or may be
+	budget    int      // most bytes of slabs and that storage
 
 	area     []byte // not yet cut
 	areaSize int    // of the last area
@@ -63,6 +64,10 @@ func newBuffers(u *xdp.Umem, budget int) *buffers {
 	b.maxHeld = u.Chunks() / 2
 	return b
 }
+
+// room returns how many bytes of the budget are left. It may be negative: the
+// storage of queues is not refused to what has its bytes already.
+func (b *buffers) room() int { return b.budget - b.used - b.rings }
 
 // hold counts another user of the chunk that holds addr.
 func (b *buffers) hold(addr uint64) ref {
@@ -130,7 +135,7 @@ func (b *buffers) leave(cur *uint32) {
 }
 
 func (b *buffers) take(list *[]uint32, size int) (uint32, bool) {
-	if b.used+size > b.budget {
+	if size > b.room() {
 		return 0, false
 	}
 	b.used += size

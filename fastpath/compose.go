@@ -125,7 +125,7 @@ func (e *Engine) innerWindow(f *flow) uint64 {
 			room = m
 		}
 	}
-	room = max(0, min(room, e.cfg.FlowBudget-f.txBytes, (e.buf.budget-e.buf.used)/4))
+	room = max(0, min(room, e.cfg.FlowBudget-f.txBytes, e.buf.room()/4))
 	flight := f.sealI - f.ackI
 	wnd := (flight + uint64(room)) >> f.remoteShift
 	if room > 0 && wnd<<f.remoteShift <= flight {

@@ -174,6 +174,7 @@ type Engine struct {
 	pool   flowPool
 	recs   ringPool[rec]
 	pieces ringPool[piece]
+	trimAt time.Duration // when the pools of queues let go of what is too much
 	timers timerHeap
 	now    time.Duration
 	st     EngineStats
@@ -226,6 +227,7 @@ func NewEngine(cfg EngineConfig) *Engine {
 		out:  make([]xdp.Desc, 0, 2*VectorSize), outMeta: make([]outMeta, 0, 2*VectorSize),
 		in: make([]InnerPacket, VectorSize), dirty: make([]*flow, 0, VectorSize), via: -1,
 	}
+	e.recs.bytes, e.pieces.bytes = &e.buf.rings, &e.buf.rings
 	if cfg.InnerChunks {
 		e.in = e.in[:1]
 		e.inDesc, e.inMeta = make([]xdp.Desc, 0, 2*VectorSize), make([]outMeta, 0, 2*VectorSize)
@@ -437,6 +439,13 @@ func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
 	e.touch(f)
 	e.flush()
 }
+
+// trimInterval is over how long the use of the queues' storage is watched.
+const trimInterval = time.Second
+
+// trimFloor is how many bytes of it an engine that has nothing else to do does not
+// wake up for.
+const trimFloor = 1 << 20
 
 // groupSize is the number of packets that are parsed and looked up before they
 // are worked on: enough for what each needs to come from memory meanwhile.
@@ -976,6 +985,11 @@ func (e *Engine) flush() {
 	}
 	e.dirty = e.dirty[:0]
 	e.pool.recycle()
+	if e.now >= e.trimAt {
+		e.recs.trim()
+		e.pieces.trim()
+		e.trimAt = e.now + trimInterval
+	}
 	e.mark(StageEmit)
 }
 
@@ -1109,7 +1123,7 @@ func (e *Engine) SetMTU(mtu int) {
 // begun: what is left is for those that there are.
 func (e *Engine) Pressed() bool {
 	b := e.buf
-	return b.used > b.budget-b.budget/8 || b.crowded() || e.umem.Available() == 0
+	return b.room() < b.budget/8 || b.crowded() || e.umem.Available() == 0
 }
 
 // AbortAll ends every live flow with the given reason, and forgets those that have

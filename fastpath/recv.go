@@ -288,7 +288,7 @@ func (e *Engine) insertOOO(f *flow, o uint64, data []byte, src source) bool {
 		} else {
 			// What fills the gap may begin a frame, and needs memory too: without
 			// it nothing above the gap would ever be freed.
-			if e.buf.budget-e.buf.used < n+frameReserve {
+			if e.buf.room() < n+frameReserve {
 				e.st.OOODrops++
 				return fresh
 			}
@@ -463,7 +463,7 @@ func (e *Engine) full(f *flow, n int, above bool) bool {
 		return true
 	}
 	// Under pressure each flow keeps what it needs to go on.
-	return need > bigSize && e.buf.crowded() && e.buf.used > e.buf.budget/8*7
+	return need > bigSize && e.buf.crowded() && e.buf.room() < e.buf.budget/8
 }
 
 // kept returns the number of received bytes that the inner stack has not

@@ -1,14 +1,17 @@
 package fastpath
 
+// This file uses unsafe for the size of an element.
+
 import (
 	"math/bits"
 	"slices"
+	"unsafe"
 )
 
 const (
-	ringMin     = 8       // elements of the smallest storage, a power of two
-	ringClasses = 12      // sizes of storage that a pool keeps, each twice the one before
-	ringCut     = 1 << 10 // elements that a pool cuts small storage from
+	ringMin     = 8  // elements of the smallest storage, a power of two
+	ringClasses = 12 // sizes of storage that a pool keeps, each twice the one before
+	ringSpare   = 64 // storages of a size that a pool keeps in any case
 )
 
 // ring is a growable double-ended queue. Its storage is borrowed from a pool
@@ -20,46 +23,87 @@ type ring[T any] struct {
 	n    uint32
 }
 
-// ringPool is storage for the rings of one engine. What it has once got it keeps
-// for the next ring, except for the largest sizes, which few flows need. T must
-// not hold pointers: storage is not cleared.
+// ringPool is storage for the rings of one engine. It keeps what it has once made
+// for the next ring, as far as about so much was in use lately, except for the
+// largest sizes, which few flows need. T must not hold pointers: storage is not
+// cleared.
 type ringPool[T any] struct {
-	free [ringClasses][][]T // by the binary logarithm of length/ringMin
-	made [ringClasses]int   // storages of a size, free or not
+	sizes [ringClasses]ringStock[T] // by the binary logarithm of length/ringMin
+	bytes *int                      // counts all storage that there is, lent or not; nil: not counted
+}
+
+// ringStock is the storage of one size in a pool.
+type ringStock[T any] struct {
+	free [][]T
+	made int // free or lent
+	low  int // the fewest that were free since the last trim
 }
 
 // class returns the index of storage of n elements in a pool, which is
 // ringClasses or more for sizes that a pool does not keep.
 func class(n int) int { return bits.Len(uint(n/ringMin)) - 1 }
 
+// count adds n storages of size elements to the bytes that there are.
+func (p *ringPool[T]) count(n, size int) {
+	if p.bytes != nil {
+		var t T
+		*p.bytes += n * size * int(unsafe.Sizeof(t))
+	}
+}
+
 // take returns storage for n elements, a power of two not below ringMin. A nil
 // pool has none and always makes some.
 func (p *ringPool[T]) take(n int) []T {
-	c := class(n)
-	if p == nil || c >= ringClasses {
+	if p == nil {
 		return make([]T, n)
 	}
-	if len(p.free[c]) == 0 {
-		k := max(1, ringCut/n)
-		area := make([]T, k*n)
-		p.made[c] += k
-		// Room to take back all there are.
-		p.free[c] = slices.Grow(p.free[c], p.made[c])
-		for range k {
-			p.free[c] = append(p.free[c], area[:n:n])
-			area = area[n:]
-		}
+	c := class(n)
+	if c >= ringClasses {
+		p.count(1, n)
+		return make([]T, n)
 	}
-	i := len(p.free[c]) - 1
-	b := p.free[c][i]
-	p.free[c] = p.free[c][:i]
+	s := &p.sizes[c]
+	i := len(s.free) - 1
+	if i < 0 {
+		p.count(1, n)
+		s.made++
+		// Room to take back all there are.
+		s.free = slices.Grow(s.free, s.made)
+		return make([]T, n)
+	}
+	b := s.free[i]
+	s.free = s.free[:i]
+	s.low = min(s.low, i)
 	return b
 }
 
 // give takes storage back.
 func (p *ringPool[T]) give(b []T) {
-	if c := class(len(b)); p != nil && len(b) != 0 && c < ringClasses {
-		p.free[c] = append(p.free[c], b)
+	if p == nil || len(b) == 0 {
+		return
+	}
+	c := class(len(b))
+	if c >= ringClasses {
+		p.count(-1, len(b))
+		return
+	}
+	s := &p.sizes[c]
+	s.free = append(s.free, b)
+}
+
+// trim lets go of storage if there is much more than was lent at once since the
+// last trim. What it leaves is twice that, so that a steady load makes none anew.
+func (p *ringPool[T]) trim() {
+	for c := range p.sizes {
+		s := &p.sizes[c]
+		peak := s.made - s.low
+		if surplus := s.made - 2*peak - ringSpare; surplus > 0 {
+			// Not more than are free, as that is not less than low.
+			p.count(-surplus, ringMin<<c)
+			s.made -= surplus
+			s.free = append(make([][]T, 0, s.made), s.free[:len(s.free)-surplus]...)
+		}
+		s.low = len(s.free)
 	}
 }
 

@@ -98,6 +98,9 @@ func (f *flow) disarm(which int) { f.timers[which] = 0 }
 
 // Deadline returns when Tick wants to be called next.
 func (e *Engine) Deadline() (time.Duration, bool) {
+	if e.buf.rings > trimFloor && (len(e.timers.h) == 0 || e.trimAt < e.timers.h[0].at) {
+		return e.trimAt, true
+	}
 	if len(e.timers.h) == 0 {
 		return 0, false
 	}

@@ -147,7 +147,7 @@ func TestTableWraps(t *testing.T) {
 // Timers are held against the times that each flow should fire at.
 func TestTimers(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 3))
-	e := &Engine{}
+	e := &Engine{buf: &buffers{}}
 	var h timerHeap
 	fs := make([]*flow, 200)
 	for i := range fs {
@@ -376,5 +376,118 @@ func TestMap(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// A pool of queues' storage counts what there is, keeps it while about so much is
+// in use in turn, and lets it go after.
+func TestRingPool(t *testing.T) {
+	const n, elements = 10_000, 100 // storage of 128 elements each
+	var bytes int
+	p := ringPool[uint64]{bytes: &bytes}
+	rings := make([]ring[uint64], n)
+	fill := func(k int) {
+		for i := range rings[:k] {
+			for range elements {
+				*rings[i].push(&p) = uint64(i)
+			}
+		}
+	}
+	empty := func(k int) {
+		for i := range rings[:k] {
+			for range elements {
+				rings[i].pop(&p)
+			}
+		}
+	}
+	fill(n)
+	peak := bytes
+	if peak < n*elements*8 {
+		t.Errorf("%d bytes are counted for %d rings of %d elements", peak, n, elements)
+	}
+	empty(n)
+	p.trim()
+	if bytes != peak {
+		t.Errorf("%d bytes of %d are left right after all were in use", bytes, peak)
+	}
+	if allocs := testing.AllocsPerRun(20, func() { fill(n); empty(n); p.trim() }); allocs != 0 {
+		t.Errorf("%v allocations though storage was there", allocs)
+	}
+	fill(n / 10)
+	p.trim() // nothing more was in use than now
+	p.trim()
+	if bytes > peak/2 || bytes < peak/10 {
+		t.Errorf("%d bytes of %d are left with a tenth in use", bytes, peak)
+	}
+	for i := range rings[:n/10] {
+		for k := range elements {
+			if *rings[i].at(k) != uint64(i) {
+				t.Fatalf("ring %d holds %d", i, *rings[i].at(k))
+			}
+		}
+	}
+	empty(n / 10)
+	p.trim()
+	p.trim()
+	spare := 0
+	for c := range ringClasses {
+		spare += ringSpare * ringMin << c * 8
+	}
+	if bytes > min(spare, peak/10) {
+		t.Errorf("%d bytes of %d are left with nothing in use", bytes, peak)
+	}
+	// The largest storage is not kept.
+	var large ring[uint64]
+	before := bytes
+	for range ringMin << ringClasses {
+		large.push(&p)
+	}
+	held := bytes - before
+	large.clear(&p)
+	if held < ringMin<<ringClasses*8 || bytes-before > held {
+		t.Errorf("%d bytes were counted for a large ring, %d after", held, bytes-before)
+	}
+}
+
+// What queues are lent counts against an engine's memory, and comes back.
+func TestRingBudget(t *testing.T) {
+	b := newBulk(t, 32)
+	e := b.r.e
+	b.send()
+	b.receive()
+	if e.buf.rings == 0 || e.buf.room() != e.buf.budget-e.buf.used-e.buf.rings {
+		t.Errorf("%d bytes of queues, %d of slabs, %d left of %d", e.buf.rings, e.buf.used, e.buf.room(), e.buf.budget)
+	}
+	storages := make([][]rec, 50_000)
+	for i := range storages {
+		storages[i] = e.recs.take(ringMin)
+	}
+	if e.buf.rings <= trimFloor {
+		t.Fatalf("%d bytes of queues", e.buf.rings)
+	}
+	budget := e.buf.budget
+	e.buf.budget = e.buf.rings + e.buf.used
+	var cur uint32
+	if _, _, _, ok := e.buf.alloc(100, &cur, false); ok || !e.Pressed() {
+		t.Error("memory that queues have was handed out once more")
+	}
+	e.buf.budget = budget
+	for _, s := range storages {
+		e.recs.give(s)
+	}
+	for range 3 {
+		at, ok := e.Deadline()
+		if !ok || at > b.r.now+trimInterval {
+			t.Fatalf("the engine wants to wake up at %v, now is %v", at, b.r.now)
+		}
+		b.r.now = max(b.r.now, at)
+		e.Tick(b.r.now)
+		b.drop()
+		if e.buf.rings <= trimFloor {
+			break
+		}
+	}
+	if e.buf.rings > trimFloor {
+		t.Errorf("%d bytes of queues are left with one flow", e.buf.rings)
 	}
 }
