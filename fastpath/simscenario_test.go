@@ -104,8 +104,6 @@ func scenarioFrom(rng *rand.Rand, seed uint64) *scenario {
 	lives := one(2)
 	flows := pick(rng, 1, 1, 1, 2, 4)
 	if lives {
-		// Their handshakes come by the TAP of a host.
-		sc.gateway = [2]bool{}
 		flows = pick(rng, 1, 2, 4, 8)
 	}
 	scale := 1.0
