@@ -67,7 +67,7 @@ type EngineConfig struct {
 	// InnerChunks, and go by InnerOut, in chunks of Umem.
 	InnerChunks  bool
 	InnerVirtual bool   // Virtual, of the inner port
-	Memory       int    // bytes for retained frames and custody of all flows, default 256 MiB
+	Memory       int    // bytes for retained frames and custody of all flows, with their records, default 256 MiB
 	FlowBudget   int    // the same for one flow and direction, default 8 MiB
 	RekeyFrames  uint64 // frames sealed under one key, default and most by AEAD (T11)
 	RekeyBytes   uint64 // plaintext bytes sealed under one key, default DefaultRekeyBytes
