@@ -145,13 +145,14 @@ func (s *sim) attack(from int, g *packet.Segment) {
 	}
 	seq, ack, flags := g.Seq, g.Ack, uint8(packet.ACK)
 	var data []byte
+	flip := false
 	garbage := func(n uint64) []byte {
 		at := s.rng.Uint64N(poolLen - 64)
 		return pool[at : at+1+s.rng.Uint64N(n)]
 	}
 	kinds := 5
 	if s.sc.mayAbort {
-		kinds = 9
+		kinds = 10
 	}
 	switch s.rng.IntN(kinds) {
 	case 0:
@@ -185,7 +186,23 @@ func (s *sim) attack(from int, g *packet.Segment) {
 		data = garbage(64)
 	case 8:
 		data = garbage(64)
+	case 9:
+		if flip = g.Len() > 0; flip {
+			data = bytes.Clone(g.Payload())
+			data[s.rng.IntN(len(data))] ^= 1 << s.rng.IntN(8)
+		}
 	}
+	at := s.now + s.sc.net[from].delay
+	s.forge(from, g, at, seq, ack, flags, data)
+	if flip && s.sc.lives && s.rng.IntN(2) == 0 {
+		// Together with the abort that this may cause comes an attempt at a
+		// new connection.
+		s.forge(from, g, at, s.rng.Uint32(), 0, packet.SYN, nil)
+	}
+}
+
+// forge sends a segment like g, but with these contents, to arrive at a given time.
+func (s *sim) forge(from int, g *packet.Segment, at time.Duration, seq, ack uint32, flags uint8, data []byte) {
 	x := packet.Rewrite(s.getBuf(0), g, g.Options(), data)
 	t := x[g.L4:]
 	binary.BigEndian.PutUint32(t[4:], seq)
@@ -195,7 +212,7 @@ func (s *sim) attack(from int, g *packet.Segment) {
 	if s.trace {
 		s.logf("forged from node %d: %s", from, segText(x))
 	}
-	s.events.push(simEvent{at: s.now + s.sc.net[from].delay, ord: s.nextOrd(), node: 1 - from, buf: x, forged: true})
+	s.events.push(simEvent{at: at, ord: s.nextOrd(), node: 1 - from, buf: x, forged: true})
 }
 
 // blank overwrites an option with NOPs, as middleboxes do.
