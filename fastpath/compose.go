@@ -36,15 +36,15 @@ func (e *Engine) rxTarget(f *flow) uint64 {
 			t = max(t, f.frameO+3)
 		}
 	}
-	return max(t, f.rxEdge, f.nxtO)
+	// An edge that the window field cannot tell would be news for ever.
+	return max(min(t, f.nxtO+0xffff<<f.localShift), f.rxEdge, f.nxtO)
 }
 
 // outerHeader fills in h for a segment to the wire at outer offset seq.
 // opts must have packet.MaxOptions bytes. With acks set, SACK blocks are added.
 func (e *Engine) outerHeader(f *flow, h *packet.Header, opts []byte, seq uint64, flags uint8, acks bool) {
 	shift := f.localShift
-	wnd := (e.rxTarget(f) - f.nxtO + 1<<shift - 1) >> shift
-	wnd = min(wnd, 65535)
+	wnd := min((e.rxTarget(f)-f.nxtO+1<<shift-1)>>shift, 0xffff)
 	f.rxEdge = max(f.rxEdge, f.nxtO+wnd<<shift)
 	n := 0
 	if f.tsOK {

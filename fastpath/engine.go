@@ -617,10 +617,16 @@ func (e *Engine) outerSegment(f *flow, s *packet.Segment, src source) {
 		if n > 0 && o+n <= int64(f.nxtO) {
 			f.dsack = run{s: uint64(max(o, 0)), e: uint64(max(o+n, 1))}
 		}
-		// A keep-alive or window probe lives on this answer.
-		f.ackNow = true
-		if s.Flags&packet.FIN != 0 && o+n == int64(f.nxtO)-1 {
+		// A keep-alive or window probe lives on this answer. If forged segments
+		// had brought both ends out of step, each would answer the other's
+		// answers: those without data get a few a second.
+		switch {
+		case n == 0 && s.Flags&packet.FIN == 0:
+			e.challenge(f)
+		case s.Flags&packet.FIN != 0 && o+n == int64(f.nxtO)-1:
 			f.ackNow = f.finTaken
+		default:
+			f.ackNow = true
 		}
 		e.passProbe(f)
 		e.touch(f)

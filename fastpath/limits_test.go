@@ -344,3 +344,68 @@ func TestAfterFIN(t *testing.T) {
 	}
 	r.advance(time.Second)
 }
+
+// Acknowledgements that say nothing new must not be answered with such: the peer, in
+// the same state, would answer them.
+func TestAcksAnswerNoAcks(t *testing.T) {
+	const times = 100
+	t.Run("inside a frame", func(t *testing.T) {
+		// Without window scaling, the field cannot tell the edge that small
+		// frames call for.
+		r := newRig(t, rigConfig{sack: true, innerWnd: 65535, rxEdge: 65535})
+		o := int64(0)
+		for i := range 1000 {
+			f := r.seal(0, content(0, uint64(5*i), 5))
+			r.outer(seg{o: o, data: f})
+			o += int64(len(f))
+			r.inner(seg{wnd: 65535})
+		}
+		f := r.seal(0, content(0, 5000, 20_000))
+		r.outer(seg{o: o, data: f[:1400]}, seg{o: o + 1400, data: f[1400:2800]})
+		r.forget()
+		for range times {
+			r.outer(seg{o: o + 2800})
+		}
+		if n := len(r.outs); n > 1 {
+			t.Errorf("%d packets answer %d acknowledgements", n, times)
+		}
+	})
+	for _, o := range []int64{-1, 1 << 20} {
+		t.Run("out of window", func(t *testing.T) {
+			r := newRig(t, rigConfig{sack: true, innerWnd: 65535, rxEdge: 65535})
+			f := r.seal(0, content(0, 0, 500))
+			r.outer(seg{o: 0, data: f})
+			r.inner(seg{})
+			r.forget()
+			for range times {
+				r.outer(seg{o: o})
+			}
+			if n := len(r.outs); n == 0 || n > 10 {
+				t.Errorf("%d packets answer %d acknowledgements", n, times)
+			}
+			r.forget()
+			r.advance(time.Second)
+			r.outer(seg{o: o})
+			if len(r.outs) != 1 {
+				t.Errorf("%d packets answer a keep-alive probe a second later", len(r.outs))
+			}
+		})
+	}
+}
+
+// That a frame may be completed beyond the limits is no way around them for the
+// next ones, which begin in the segments that complete the ones before (T13).
+func TestLimitsInsideFrames(t *testing.T) {
+	r := newRig(t, rigConfig{sack: true, innerWnd: 4096, rxEdge: 1 << 20, chunks: 2048})
+	r.auto = false
+	var stream []byte
+	for i := range 600 {
+		stream = append(stream, r.seal(0, content(0, uint64(1388*i), 1388))...)
+	}
+	for at := 0; at+1400 <= len(stream); at += 1400 {
+		r.outer(seg{o: int64(at), data: stream[at : at+1400]})
+	}
+	if most := r.f.innerEdge + 2*bigSize; r.f.dlvI > most || r.e.st.OverBudget == 0 {
+		t.Errorf("plaintext to %d, the inner stack's window ends at %d; %d segments were too much", r.f.dlvI, r.f.innerEdge, r.e.st.OverBudget)
+	}
+}

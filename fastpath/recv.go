@@ -411,11 +411,15 @@ func (e *Engine) outerData(f *flow, o int64, data []byte, src source, fin bool) 
 	}
 	// A window field is coarse and its edge never retreats, so the edge creeps
 	// while the inner stack's is shut: what goes beyond the budget is not
-	// taken (T13, T14). A frame whose memory is reserved may be completed.
-	if !(f.asm != nil && uint64(o) == f.nxtO) && e.full(f, len(data), uint64(o) > f.nxtO) {
+	// taken (T13, T14). A frame whose memory is reserved may be completed, but
+	// no other one be begun by the same segment.
+	if e.full(f, len(data), uint64(o) > f.nxtO) {
 		e.st.OverBudget++
 		f.ackNow = true
-		return
+		if f.asm == nil || uint64(o) != f.nxtO {
+			return
+		}
+		data = data[:min(len(data), len(f.asm)-f.asmHave)]
 	}
 	if uint64(o) > f.nxtO {
 		if !e.insertOOO(f, uint64(o), data, src) {
@@ -453,7 +457,11 @@ func (e *Engine) full(f *flow, n int, above bool) bool {
 	// Beyond the inner stack's window there is one frame, and what the unit
 	// of the window field adds.
 	beyond := int64(f.innerAck) + int64(kept) - int64(f.innerEdge)
-	if kept > e.cfg.FlowBudget || beyond > bigSize+2<<f.localShift {
+	most := bigSize + int64(2)<<f.localShift
+	if above {
+		most -= bigSize / 2
+	}
+	if kept > e.cfg.FlowBudget || beyond > most {
 		return true
 	}
 	need := kept

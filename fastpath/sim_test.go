@@ -86,10 +86,6 @@ type simFlow struct {
 	name  string
 	// failed is why the slow path of either node gave the connection up.
 	failed string
-	// overtaken is set when a daemon sends a SYN without ENO that can pass by
-	// the other node's before that one has seen its own: no real network is
-	// quicker than the way to the slow path.
-	overtaken bool
 }
 
 type sim struct {
@@ -474,7 +470,6 @@ func (s *sim) finish() {
 			case m.reset && s.short():
 			case m.reset && f.failed != "" && s.sc.quiet > 0:
 				// As a handshake under loss may.
-			case m.reset && f.overtaken:
 			case m.reset && !s.sc.mayAbort && !m.lateRST:
 				s.fail("%s: reset: %v; reasons %v", m.name, m, s.reasons)
 			case !m.reset && m.rcv != p.app.total+1:

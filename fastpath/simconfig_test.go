@@ -58,7 +58,6 @@ type flowConfig struct {
 	lateTime          time.Duration
 	startAt           time.Duration // lives: when it is opened
 	crossing          bool          // lives: by both
-	near              bool          // lives: a SYN may overtake what waits for the slow path
 	passiveRole       bool          // lives: with b = 1 on node 1
 	strip             uint8         // lives: options that the network takes out of SYNs
 	warp              [2]warp       // by sending node

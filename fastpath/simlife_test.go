@@ -188,11 +188,8 @@ func (n *simNode) carryOut(acts []slowpath.Action) {
 			s.fail("node %d: a job that nobody asked for", n.id)
 		case slowpath.Report:
 			s.logf("node %d: %s %s %s", n.id, a.Key, a.Info.State, a.Info.Reason)
-			switch f := n.flows[a.Key]; {
-			case a.Info.State == slowpath.StateFailed:
-				f.failed = a.Info.Reason
-			case a.Info.Reason == slowpath.ReasonRemembered && f.cfg.crossing && f.cfg.near:
-				f.overtaken = true
+			if a.Info.State == slowpath.StateFailed {
+				n.flows[a.Key].failed = a.Info.Reason
 			}
 		}
 	}
@@ -319,8 +316,8 @@ func randomLives(rng *rand.Rand, sc *scenario) {
 		}
 		// A SYN without ENO passes by the daemon, and must not find that one
 		// of this side is still on its way there: no network is that quick.
-		c.near = min(sc.net[0].delay, sc.net[1].delay) < 10*time.Millisecond || sc.pollDelay > time.Millisecond
-		if c.crossing = one(10) && !(c.near && (sc.daemon != [2]bool{true, true} || c.strip&stripENO != 0)); c.crossing {
+		near := min(sc.net[0].delay, sc.net[1].delay) < 10*time.Millisecond || sc.pollDelay > time.Millisecond
+		if c.crossing = one(10) && !(near && (sc.daemon != [2]bool{true, true} || c.strip&stripENO != 0)); c.crossing {
 			c.passiveRole = one(2)
 		}
 		for k := range c.model {

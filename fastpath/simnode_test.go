@@ -272,7 +272,7 @@ func (n *simNode) event(ev *Event) {
 			m.refuse()
 		} else if ev.Destroy {
 			f.m[n.id].reset = true
-		} else if m := f.m[n.id]; m.eof && m.peer.eof {
+		} else if m := f.m[n.id]; m.eof && (m.peer.eof || m.peer.reset) {
 			// Its last ACK got lost for longer than the flow lingered.
 			m.lateRST = !m.done()
 			m.reset = m.reset || m.lateRST

@@ -378,12 +378,12 @@ func (w *wire) arrived(g *packet.Segment, forged bool) {
 	}
 	rev := w.f.wire[1-w.from]
 	o := offOf(w.iss, g.Seq, w.high)
-	n := uint64(g.Len())
+	end := o + int64(g.Len())
 	if g.Flags&packet.FIN != 0 {
-		n++
+		end++
 	}
-	if o >= 0 && n > 0 {
-		w.delivered.add(uint64(o), uint64(o)+n)
+	if o = max(o, 0); o < end {
+		w.delivered.add(uint64(o), uint64(end))
 	}
 	if g.Flags&packet.ACK != 0 {
 		a := offOf(rev.iss, g.Ack, rev.high)

@@ -151,6 +151,10 @@ func (m *Machine) activeInner(f *flow, s *packet.Segment) {
 		m.synCopy(f, s)
 	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN|packet.ACK && f.phase == phaseCrossed && s.Ack == f.irs+1:
 		m.answerCrossed(f, s)
+	case s.Flags&(packet.RST|packet.ACK) == packet.RST && s.Seq != f.iss+1 && (f.phase == phaseOffered || f.phase == phasePlainSYN):
+		// It answers what was passed on, and stays in SYN-SENT.
+		m.count(countResets)
+		m.send(f.key, packet.FromInner, copyFrame(s))
 	case s.Flags&packet.RST != 0:
 		if f.phase == phaseExchange {
 			m.bury(f, fateDead)
@@ -213,12 +217,15 @@ func (m *Machine) activeOuter(f *flow, s *packet.Segment) {
 	}
 	switch {
 	case s.Flags&packet.ACK != 0 && s.Ack != f.iss+1:
-		// Of an older connection: the reset lets the peer forget that one.
-		m.count(dropUnacceptable)
-		if s.Flags&packet.RST == 0 {
-			m.count(countResets)
-			m.answer(f.key, packet.FromOuter, Reset(s, packet.FromOuter))
+		if s.Flags&packet.RST != 0 {
+			m.count(dropUnacceptable)
+			return
 		}
+		// Of an older connection, for which the inner stack has a reset that
+		// lets the peer forget it; or of one that was opened past this flow
+		// while its SYN was on the way here.
+		m.count(countAsked)
+		m.passPlain(s, packet.FromOuter)
 	case s.Flags&packet.RST != 0:
 		if s.Flags&packet.ACK == 0 {
 			m.count(dropUnacceptable)

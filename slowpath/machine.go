@@ -266,29 +266,30 @@ func (m *Machine) Counters() map[string]uint64 { return maps.Clone(m.counts) }
 
 // Names of the counters.
 const (
-	countOffered     = "offered"            // SYNs that left with ENO for the first time
-	countAnswered    = "answered"           // SYN-ACKs that left with ENO for the first time
-	countEncrypted   = "encrypted"          // flows given to the fast path
-	countProposed    = "resume_proposed"    // SYNs that left with a resumption suboption for the first time
-	countResumed     = "resumed"            // encrypted flows that resumed a session
-	countRefused     = "resume_refused"     // proposals that the peer answered with a fresh exchange
-	countUnknown     = "resume_unknown"     // proposals of peers that name no unused secret
-	countPlain       = "plain"              // flows that became or stayed plain
-	countFailed      = "failed"             // flows that ended in the handshake
-	countRetransmits = "retransmits"        // Init segments sent again by the timer
-	countChallenges  = "challenge_acks"     // answers to unacceptable segments
-	countResets      = "resets_sent"        // resets sent in either direction
-	countAbsorbed    = "absorbed"           // copies that the inner stack sent while it has to wait
-	countStragglers  = "stragglers"         // segments of decided flows
-	dropMalformed    = "drop_malformed"     // not a TCP segment that can be worked on
-	dropBadFlags     = "drop_bad_flags"     // SYN with FIN or RST
-	dropUnknown      = "drop_unknown"       // no SYN and no flow
-	dropUnacceptable = "drop_unacceptable"  // outside of window or acknowledgement range
-	dropInner        = "drop_inner"         // from the inner stack, of no use in this state
-	dropLimit        = "drop_limit"         // no memory for the bytes or the flow
-	dropDead         = "drop_dead"          // of an aborted flow
-	dropICMP         = "drop_icmp"          // an ICMP error that concerns no SYN or SYN-ACK
-	repairedSYNs     = "syn_bad_opts_ended" // SYNs whose malformed options were cut off
+	countOffered     = "offered"             // SYNs that left with ENO for the first time
+	countAnswered    = "answered"            // SYN-ACKs that left with ENO for the first time
+	countEncrypted   = "encrypted"           // flows given to the fast path
+	countProposed    = "resume_proposed"     // SYNs that left with a resumption suboption for the first time
+	countResumed     = "resumed"             // encrypted flows that resumed a session
+	countRefused     = "resume_refused"      // proposals that the peer answered with a fresh exchange
+	countUnknown     = "resume_unknown"      // proposals of peers that name no unused secret
+	countPlain       = "plain"               // flows that became or stayed plain
+	countFailed      = "failed"              // flows that ended in the handshake
+	countRetransmits = "retransmits"         // Init segments sent again by the timer
+	countChallenges  = "challenge_acks"      // answers to unacceptable segments
+	countResets      = "resets_sent"         // resets sent in either direction
+	countAsked       = "unacceptable_passed" // segments that only the inner stack knows what to do with
+	countAbsorbed    = "absorbed"            // copies that the inner stack sent while it has to wait
+	countStragglers  = "stragglers"          // segments of decided flows
+	dropMalformed    = "drop_malformed"      // not a TCP segment that can be worked on
+	dropBadFlags     = "drop_bad_flags"      // SYN with FIN or RST
+	dropUnknown      = "drop_unknown"        // no SYN and no flow
+	dropUnacceptable = "drop_unacceptable"   // outside of window or acknowledgement range
+	dropInner        = "drop_inner"          // from the inner stack, of no use in this state
+	dropLimit        = "drop_limit"          // no memory for the bytes or the flow
+	dropDead         = "drop_dead"           // of an aborted flow
+	dropICMP         = "drop_icmp"           // an ICMP error that concerns no SYN or SYN-ACK
+	repairedSYNs     = "syn_bad_opts_ended"  // SYNs whose malformed options were cut off
 )
 
 func (m *Machine) count(name string) { m.counts[name]++ }
