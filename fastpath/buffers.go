@@ -44,6 +44,7 @@ type buffers struct {
 	shift     uint
 	held      int // chunks with holds
 	maxHeld   int // above this, custody moves to slabs
+	mostHeld  int // above this, it does not grow in chunks
 	slabs     []slab
 	free      []uint32 // slabs of slabSize without refs
 	freeBig   []uint32 // slabs of bigSize without refs
@@ -61,7 +62,7 @@ func newBuffers(u *xdp.Umem, budget int) *buffers {
 	for 1<<b.shift < u.ChunkSize() {
 		b.shift++
 	}
-	b.maxHeld = u.Chunks() / 2
+	b.maxHeld, b.mostHeld = u.Chunks()/2, u.Chunks()/4*3
 	return b
 }
 
@@ -81,6 +82,13 @@ func (b *buffers) hold(addr uint64) ref {
 
 // crowded reports whether too many RX chunks are held to hold another for long.
 func (b *buffers) crowded() bool { return b.held > b.maxHeld }
+
+// starved reports whether n more bytes would have to stay in the chunk that they came
+// in, of which a part must be left: a gateway's inner hosts cannot acknowledge, and
+// so give back, anything without chunks for it to come in.
+func (b *buffers) starved(n int) bool {
+	return b.held > b.mostHeld && b.room() < slabSize+n
+}
 
 // alloc takes n bytes, at most bigSize, from a slab. With cur it continues the
 // slab that *cur names (index plus one), so that a flow's bytes lie together; a

@@ -409,3 +409,38 @@ func TestLimitsInsideFrames(t *testing.T) {
 		t.Errorf("plaintext to %d, the inner stack's window ends at %d; %d segments were too much", r.f.dlvI, r.f.innerEdge, r.e.st.OverBudget)
 	}
 }
+
+// Custody does not take the last chunks when there is no other memory: with none to
+// receive in, a gateway would never learn what the inner hosts have acknowledged.
+func TestCustodyLeavesChunks(t *testing.T) {
+	const chunks = 512
+	r := newRig(t, rigConfig{sack: true, innerWnd: 65535, rxEdge: 65535, chunks: chunks, engine: EngineConfig{Memory: 1 << 20}})
+	r.auto = false
+	free := r.hog()
+	var segs []seg
+	want := content(0, 0, chunks)
+	for i, o := 0, int64(0); i < chunks; i++ {
+		f := r.seal(0, want[i:i+1])
+		segs = append(segs, seg{o: o, data: f})
+		o += int64(len(f))
+	}
+	for _, s := range segs {
+		r.outer(s)
+		r.forget()
+	}
+	if n := r.e.umem.Available(); n < chunks/4-VectorSize/2 || r.e.st.OverBudget == 0 {
+		t.Errorf("%d chunks of %d are left, %d segments were refused", n, chunks, r.e.st.OverBudget)
+	}
+	for _, f := range free {
+		f()
+	}
+	r.auto = true
+	r.got = append(r.got, want[:r.f.dlvI]...)
+	r.inner(seg{})
+	for _, s := range segs {
+		r.outer(s)
+	}
+	if !bytes.Equal(r.got, want) {
+		t.Errorf("delivered %d bytes of %d", len(r.got), len(want))
+	}
+}

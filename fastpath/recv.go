@@ -453,6 +453,9 @@ func (e *Engine) outerData(f *flow, o int64, data []byte, src source, fin bool) 
 // the flow or for all. What is above a gap leaves room for what fills it: nothing
 // else would ever free its memory (T14).
 func (e *Engine) full(f *flow, n int, above bool) bool {
+	if e.buf.starved(n) {
+		return true
+	}
 	kept := f.kept() + n
 	// Beyond the inner stack's window there is one frame, and what the unit
 	// of the window field adds.
