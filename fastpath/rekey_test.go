@@ -144,6 +144,23 @@ func TestVerifiedKeepalive(t *testing.T) {
 	}
 }
 
+// A peer that was reset after it had got the frame which asks for proof, when the
+// reset was lost, says so to the next probe.
+func TestVerifiedKeepaliveOfGonePeer(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.inner(seg{data: content(0, 0, 100)})
+	r.outer(seg{})
+	r.inner(seg{o: 99})
+	r.outer(seg{})
+	r.forget()
+	r.inner(seg{o: 99})
+	if len(r.outs) != 1 || r.outs[0].Len() != 0 || r.outs[0].o != int64(r.f.unaO)-1 {
+		t.Fatalf("the probe becomes %d packets", len(r.outs))
+	}
+	r.outer(seg{flags: packet.RST})
+	r.wantEnded(ReasonPeerReset)
+}
+
 // With a peer that is gone it is the inner stack that gives up, however long it
 // waits.
 func TestVerifiedKeepaliveWaits(t *testing.T) {

@@ -464,6 +464,11 @@ func (e *Engine) relayProbe(f *flow) {
 		return
 	}
 	if e.verify(f) {
+		if f.unaO == f.sealO {
+			// The peer has got the frame that asks for proof. If it is gone
+			// since, its host has a reset for what comes next.
+			e.probeOuter(f)
+		}
 		return
 	}
 	e.probeOuter(f)
