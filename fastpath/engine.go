@@ -1103,10 +1103,12 @@ func (e *Engine) fire(f *flow, which int) {
 			return
 		}
 		e.runSeal()
+		// The path may swallow large segments, and nobody else finds out with
+		// these bytes. Once that may be so, each loss that began with a large
+		// one again would cost the same timeouts again.
+		f.ctlSmall = f.ctlSmall || f.ctlRTO > 2*max(minRTO, 3*f.rtt)
 		size := f.outMSS
-		if f.ctlRTO > 2*max(minRTO, 3*f.rtt) {
-			// The path may swallow large segments, and nobody else finds
-			// out with these bytes.
+		if f.ctlSmall {
 			size = min(size, ctlSize)
 		}
 		var h packet.Header

@@ -114,6 +114,7 @@ type flow struct {
 	held         bool // sealed bytes wait for the peer's window (T6)
 	rekeyNext    bool // the next frame initiates rekeying
 	verifying    bool // the inner stack waits for an authentic sign of life (TC 3.9)
+	ctlSmall     bool // control bytes are sent again in small segments
 
 	outer, inner packet.Template
 	timers       [numTimers]time.Duration

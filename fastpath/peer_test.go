@@ -2,6 +2,7 @@ package fastpath
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"slices"
@@ -1404,6 +1405,35 @@ func TestControlBytesInSmallPieces(t *testing.T) {
 		if got == 0 {
 			t.Errorf("try %d: nothing is sent again", try)
 		}
+	}
+}
+
+// Where small segments were needed, the next answers that get lost are not tried in
+// a large one first: each of many losses would cost its timeouts.
+func TestControlBytesStaySmall(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	for round := range 3 {
+		for range 40 {
+			o := int64(r.sealed)
+			r.outer(seg{o: o, ack: cmp.Or(int64(r.f.unaO), -1), data: r.sealWith(crypto.ControlRekey, 0, nil)})
+		}
+		for try := range 3 {
+			from := r.f.unaO
+			r.forget()
+			r.advance(minRTO << try)
+			for _, p := range withData(r.outs) {
+				if round > 0 && p.Len() > ctlSize {
+					t.Errorf("round %d, try %d: a segment of %d bytes", round, try, p.Len())
+				}
+				if uint64(p.o) == from {
+					from += uint64(p.Len())
+				}
+			}
+			if from != r.f.sentO {
+				t.Errorf("round %d, try %d: sent again up to %d of %d", round, try, from, r.f.sentO)
+			}
+		}
+		r.outer(seg{o: int64(r.sealed)})
 	}
 }
 
