@@ -67,11 +67,6 @@ func (s *sim) badLuck() time.Duration {
 	if pass < 1 {
 		rounds += math.Log(stallChance) / math.Log(1-pass)
 	}
-	if s.sc.rekeyFrames == 1 || s.sc.rekeyBytes == 1 {
-		// Each frame of the peer wants an answer, and all of these have to get
-		// through, by what may be a small window, before data does.
-		rounds *= 2
-	}
 	return outage + time.Duration(rounds*float64(stallRTO))
 }
 
