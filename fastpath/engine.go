@@ -440,13 +440,6 @@ func (e *Engine) Install(est *slowpath.Established, now time.Duration) {
 	e.flush()
 }
 
-// trimInterval is over how long the use of the queues' storage is watched.
-const trimInterval = time.Second
-
-// trimFloor is how many bytes of it an engine that has nothing else to do does not
-// wake up for.
-const trimFloor = 1 << 20
-
 // groupSize is the number of packets that are parsed and looked up before they
 // are worked on: enough for what each needs to come from memory meanwhile.
 const groupSize = 16

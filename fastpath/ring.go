@@ -5,6 +5,7 @@ package fastpath
 import (
 	"math/bits"
 	"slices"
+	"time"
 	"unsafe"
 )
 
@@ -12,6 +13,12 @@ const (
 	ringMin     = 8  // elements of the smallest storage, a power of two
 	ringClasses = 12 // sizes of storage that a pool keeps, each twice the one before
 	ringSpare   = 64 // storages of a size that a pool keeps in any case
+
+	// trimInterval is over how long the use of a pool is watched.
+	trimInterval = time.Second
+	// trimFloor is how many bytes of storage an engine that has nothing else to
+	// do does not wake up for.
+	trimFloor = 1 << 20
 )
 
 // ring is a growable double-ended queue. Its storage is borrowed from a pool

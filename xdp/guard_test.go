@@ -360,19 +360,7 @@ func TestGuardSharesQdisc(t *testing.T) {
 // the last one is not any more.
 func TestGuardListing(t *testing.T) {
 	needRoot(t)
-	spec, err := bpf.LoadGuard()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := spec.Variables["mark"].Set(uint32(0x7654321)); err != nil {
-		t.Fatal(err)
-	}
-	c, err := ebpf.NewCollection(spec)
-	if err != nil {
-		t.Fatalf("%+v", err)
-	}
-	defer c.Close()
-	g := &Guard{collection: c, flows: guardFlows(c)}
+	g, c := loadGuard(t, 0x7654321, 0x4320)
 	first, second := NewFlowKey(local4, remote4, 0), NewFlowKey(local6, remote6, 7)
 	frame := (&segment{src: remote4, dst: local4}).frame()
 	for i, step := range []struct {
@@ -409,22 +397,28 @@ func TestGuardListing(t *testing.T) {
 	}
 }
 
-func TestGuardVerdicts(t *testing.T) {
-	needRoot(t)
+// loadGuard loads the guard's programs without an interface.
+func loadGuard(t *testing.T, mark uint32, tag uint16) (*Guard, *ebpf.Collection) {
+	t.Helper()
 	spec, err := bpf.LoadGuard()
 	if err != nil {
 		t.Fatal(err)
 	}
-	const mark, tag = 0x7654321, 0x4320
-	if err := errors.Join(spec.Variables["mark"].Set(uint32(mark)), spec.Variables["tag"].Set(uint16(tag))); err != nil {
+	if err := errors.Join(spec.Variables["mark"].Set(mark), spec.Variables["tag"].Set(tag)); err != nil {
 		t.Fatal(err)
 	}
 	c, err := ebpf.NewCollection(spec)
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
-	defer c.Close()
-	g := &Guard{collection: c, flows: guardFlows(c)}
+	t.Cleanup(c.Close)
+	return &Guard{collection: c, flows: guardFlows(c)}, c
+}
+
+func TestGuardVerdicts(t *testing.T) {
+	needRoot(t)
+	const mark, tag = 0x7654321, 0x4320
+	g, c := loadGuard(t, mark, tag)
 	for _, key := range []FlowKey{NewFlowKey(local4, remote4, 0), NewFlowKey(local6, remote6, 7)} {
 		if err := g.Insert(key); err != nil {
 			t.Fatal(err)

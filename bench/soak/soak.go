@@ -318,13 +318,16 @@ func (s *soak) answer(c net.Conn) {
 
 // work opens one connection after the other from host i until ctx is done.
 func (s *soak) work(ctx context.Context, i int, rng *rand.Rand) {
+	// Few connections of a short run would be asked for otherwise, perhaps all of
+	// them while no daemon ran.
+	each := s.duration < time.Minute
 	ports := []int{portEncrypted, portEncrypted, portEncrypted, portEncrypted, portEncrypted, portEncrypted, portPlainA, portPlainB}
 	for wait(ctx, between(rng, 0, 300*time.Millisecond)) {
 		if s.paused.Load() {
 			continue
 		}
 		p := makePlan(rng, s.nextID.Add(1), ports)
-		s.connection(i, &p, rng.IntN(5) == 0)
+		s.connection(i, &p, rng.IntN(5) == 0 || each)
 	}
 }
 
