@@ -18,7 +18,8 @@ const (
 	delayedAck  = 40 * time.Millisecond // RFC 1122 allows 500 ms, Linux takes 40
 	// How long the numbers of a flow that has ended are kept (T20): as long as
 	// the kernel's TIME_WAIT where the peer may still miss our last ACK, the
-	// shorter time where it cannot, or after a reset, or when there are many.
+	// shorter time where it cannot, or after a reset, or when there are many; in
+	// any case until the inner stack would have sent again what it takes for lost.
 	lingerLong  = 60 * time.Second
 	lingerReset = 10 * time.Second
 	lingerShort = 2 * time.Second
@@ -780,7 +781,9 @@ func (e *Engine) end(f *flow, state uint8, reason string) {
 		linger = lingerLong
 	}
 	e.lingering++
-	e.arm(f, timerLinger, e.now+linger)
+	// The inner stack, too, may miss its last ACK: what it sent again then would
+	// leave as plaintext if nothing were known of the flow.
+	e.arm(f, timerLinger, max(e.now+max(linger, 4*f.rtt), f.resendAt+3*(f.resendAt-f.stallAt)))
 }
 
 // forget removes a flow from the table.
@@ -951,15 +954,17 @@ func (e *Engine) innerLate(f *flow, s *packet.Segment) {
 	if s.Flags&packet.RST != 0 {
 		return
 	}
-	if f.state == flowReset {
-		if s.Flags&packet.ACK != 0 {
-			e.sendInnerReset(f, s.Ack)
-		}
+	switch {
+	case f.state == flowReset && s.Flags&packet.ACK != 0:
+		e.sendInnerReset(f, s.Ack)
+	case f.state != flowReset && (s.Len() > 0 || s.Flags&packet.FIN != 0):
+		e.sendInnerAck(f, nil)
+	default:
 		return
 	}
-	if s.Len() > 0 || s.Flags&packet.FIN != 0 {
-		e.sendInnerAck(f, nil)
-	}
+	// Should this one get lost, too, the next retransmission comes after at most
+	// twice the time since the last one.
+	e.arm(f, timerLinger, max(f.timers[timerLinger], e.now+lingerShort, e.now+3*(e.now-f.ended)))
 }
 
 // Flush completes a vector of InnerIn calls.

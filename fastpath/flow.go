@@ -145,6 +145,11 @@ type flow struct {
 	challengeAt time.Duration // start of the current second of challenge ACKs
 	challengeN  int
 
+	// The inner stack sends the same bytes again less and less often: when it last
+	// sent something again, and when it began to while unaO was stallO.
+	resendAt, stallAt time.Duration
+	stallO            uint64
+
 	born      time.Duration
 	ended     time.Duration // when it left the live state
 	id        [33]byte

@@ -521,6 +521,36 @@ func TestLinger(t *testing.T) {
 	r.gone()
 }
 
+// The inner stack of the side that closed last may miss its last ACK, too, when it
+// has backed off: what it sends again must find the flow for as long as that takes.
+func TestLingerForInnerStack(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	d := content(0, 0, 100)
+	r.inner(seg{data: bytes.Clone(d)})
+	o := int64(r.sealed)
+	r.outer(seg{o: o, data: r.seal(crypto.FlagFIN, nil), flags: packet.FIN})
+	r.inner(seg{o: 100, flags: packet.FIN})
+	rto := minRTO
+	for ; rto < 30*time.Second; rto *= 2 {
+		r.advance(rto)
+		r.inner(seg{data: bytes.Clone(d), flags: packet.FIN})
+	}
+	// Both the ACK of this and the answers to what follows get lost.
+	r.outer(seg{o: int64(r.sealed) + 1, ack: int64(r.f.sealO)})
+	r.wantEnded(ReasonClosed)
+	for range 3 {
+		r.advance(rto)
+		r.forget()
+		r.inner(seg{data: bytes.Clone(d), flags: packet.FIN})
+		if len(r.ins) != 1 || r.ins[0].a != 101 || len(r.outs)+len(r.events) != 0 {
+			t.Fatalf("%v later: answered by %+v, outside %+v, events %+v", rto, r.ins, r.outs, r.events)
+		}
+		rto *= 2
+	}
+	r.advance(3 * rto)
+	r.gone()
+}
+
 // An attacker has a connection aborted and opens a plain one on its ports at
 // once: data that the local stack had sent before it heard of the abort must not
 // pass for the new connection's.

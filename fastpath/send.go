@@ -440,6 +440,10 @@ func (e *Engine) resend(f *flow, a, b uint64, size int) {
 	if a >= b {
 		return
 	}
+	if f.resendAt == 0 || f.stallO != f.unaO {
+		f.stallO, f.stallAt = f.unaO, e.now
+	}
+	f.resendAt = e.now
 	// In the order in which the inner stack sent: a retransmission that
 	// overtakes new data makes RACK (RFC 8985) take that data for lost.
 	e.pushNew(f)
