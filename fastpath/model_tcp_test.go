@@ -718,6 +718,11 @@ func (m *model) input(buf []byte, now time.Duration) {
 	}
 	m.checkVnet(v, s)
 	m.unanswered = 0
+	if m.kaAt != 0 {
+		// Only silence makes a stack ask. Probes in step with the peer's timeouts
+		// would carry every ACK there is, and those of probes do not count.
+		m.kaAt = now + m.cfg.keepalive
+	}
 	if m.opening != opened && m.inputOpening(s) {
 		return
 	}
