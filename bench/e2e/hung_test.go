@@ -217,6 +217,45 @@ func TestHungOpening(t *testing.T) {
 	b.echoed(r.c, make([]byte, 20000))
 }
 
+// So does one that the local host has answered: its kernel forgets the peer's SYN when
+// it is told that the answer was dropped, and would reset what the peer sends then.
+func TestHungAnswered(t *testing.T) {
+	var silent atomic.Bool
+	silent.Store(true)
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{Hook: func(d lab.Dir, f []byte) lab.Verdict {
+		var s packet.Segment
+		if silent.Load() && d == lab.AtoB && packet.Parse(f, packet.FromOuter, &s) == nil && s.Flags&packet.SYN == 0 {
+			return lab.Drop
+		}
+		return lab.Pass
+	}})
+	_, z := b.both()
+	ln := b.echo()
+	type dialled struct {
+		c   net.Conn
+		err error
+	}
+	done := make(chan dialled, 1)
+	go func() {
+		c, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
+		done <- dialled{c, err}
+	}()
+	b.eventually("the SYN is answered", func() (string, bool) {
+		return "", b.stats(z).Counters["slowpath_answered"] == 1
+	})
+	b.halt(z)
+	before := b.resent(b.path.B.NS)
+	b.eventually("the answer is sent again", func() (string, bool) { return "", b.resent(b.path.B.NS) > before })
+	silent.Store(false)
+	b.resume(z)
+	r := <-done
+	if r.err != nil {
+		t.Fatal(r.err)
+	}
+	b.guarded(r.c)
+	b.echoed(r.c, make([]byte, 20000))
+}
+
 // While the daemon hangs nothing of an encrypted connection gets past it, in
 // either direction: what the peer sends is dropped before the stack, what the
 // stack sends before the wire. When the daemon goes on, so does the connection,

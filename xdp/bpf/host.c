@@ -183,9 +183,10 @@ int nic_egress(struct __sk_buff *skb)
 	switch (parse_skb(skb, &p, true)) {
 	case KIND_TCP:
 		if (bpf_map_lookup_elem(&flows, &p.key)) {
-			/* SYNs wait for the process: a socket that is told of
-			 * drops gives up after five seconds. */
-			if (!is_syn(p.flags) && stale())
+			/* SYNs and their answers wait for the process: a socket
+			 * that is told of drops gives up after five seconds, one
+			 * that answers at once. */
+			if (!(p.flags & TCP_SYN) && stale())
 				return shot(EGRESS_COUNT_FLOW_STALE);
 			return to_tap(EGRESS_COUNT_FLOW);
 		}
