@@ -818,13 +818,26 @@ func TestNotASegment(t *testing.T) {
 	if r.e.st.BadChecksum != 1 || len(r.got) != 0 {
 		t.Errorf("%d bad checksums", r.e.st.BadChecksum)
 	}
-	r.outer(seg{data: good[len(good)-21:], garbage: 4})
-	if len(r.got) != 0 {
-		t.Error("segment with malformed options taken")
-	}
 	r.outerFrames(good)
 	if string(r.got) != "x" {
 		t.Errorf("delivered %q", r.got)
+	}
+}
+
+// Options that do not fit into the header are ignored: no segment is lost for
+// them, neither of a flow nor on its way to the slow path.
+func TestIllegalOptions(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.outer(seg{data: r.seal(0, []byte("x")), garbage: 4})
+	if string(r.got) != "x" {
+		t.Errorf("delivered %q", r.got)
+	}
+	stranger := r.peerFrame(seg{flags: packet.SYN, garbage: 4})
+	binary.BigEndian.PutUint16(stranger[len(stranger)-24:], 4711)
+	packet.FullChecksum(stranger, packet.EthLen, len(stranger)-24, false)
+	r.outerFrames(stranger)
+	if len(r.events) != 1 || r.events[0].Kind != SlowFrame {
+		t.Errorf("events %+v", r.events)
 	}
 }
 

@@ -272,9 +272,9 @@ func ParseL3(f []byte, x *L3Info) error {
 	return nil
 }
 
-// Parse reads a frame into s. It does not verify checksums. Malformed options
-// of a non-SYN segment are ErrMalformed; SYN options are only checked for
-// fitting, see SYNOptions.
+// Parse reads a frame into s. It does not verify checksums. Options are read as
+// far as they fit into the header: what follows one that does not is ignored,
+// as Linux does, so that no segment is lost for it (RFC 9293 section 3.1).
 func Parse(f []byte, dir Direction, s *Segment) error {
 	var x L3Info
 	if err := ParseL3(f, &x); err != nil {
@@ -326,7 +326,8 @@ func Parse(f []byte, dir Direction, s *Segment) error {
 		s.TSecr = binary.BigEndian.Uint32(o[8:])
 		return nil
 	}
-	return s.parseOptions(o)
+	s.parseOptions(o)
+	return nil
 }
 
 // mapV4 stores the IPv4 address at ip v4-mapped: in words as Hash reads them, since
@@ -337,17 +338,17 @@ func mapV4(a *[16]byte, ip []byte) {
 	le.PutUint64(a[8:], uint64(le.Uint32(ip))<<32|0xffff<<16)
 }
 
-func (s *Segment) parseOptions(o []byte) error {
+func (s *Segment) parseOptions(o []byte) {
 	for len(o) > 0 {
 		switch o[0] {
 		case OptEnd:
-			return nil
+			return
 		case OptNOP:
 			o = o[1:]
 			continue
 		}
 		if len(o) < 2 || o[1] < 2 || int(o[1]) > len(o) {
-			return ErrMalformed
+			return
 		}
 		n := int(o[1])
 		switch {
@@ -363,7 +364,6 @@ func (s *Segment) parseOptions(o []byte) error {
 		}
 		o = o[n:]
 	}
-	return nil
 }
 
 // WalkOptions calls fn for each option of o other than NOP with its whole

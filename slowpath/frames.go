@@ -118,23 +118,3 @@ func compose(t *packet.Template, h *packet.Header, payload []byte) []byte {
 	n := t.Compose(f, h, len(payload))
 	return append(f[:n], payload...)
 }
-
-// repair makes a SYN parsable that has malformed options: a copy of frame
-// whose option list ends before the first of them. It returns nil when the
-// frame has other faults.
-func repair(frame []byte) []byte {
-	var x packet.L3Info
-	if packet.ParseL3(frame, &x) != nil || x.Proto != 6 || x.L4+packet.TCPLen > x.End {
-		return nil
-	}
-	t := frame[x.L4:x.End]
-	hl := int(t[tcpOffset]>>4) * 4
-	if t[tcpFlags]&packet.SYN == 0 || hl < packet.TCPLen || hl > len(t) {
-		return nil
-	}
-	f := bytes.Clone(frame)
-	if !endMalformed(f[x.L4+packet.TCPLen : x.L4+hl]) {
-		return nil
-	}
-	return f
-}

@@ -105,12 +105,6 @@ func (m *Machine) Input(dir packet.Direction, frame []byte, now time.Duration) [
 	m.begin(now)
 	s := &m.seg
 	err := packet.Parse(frame, dir, s)
-	if err == packet.ErrMalformed {
-		if f := repair(frame); f != nil {
-			m.count(repairedSYNs)
-			err = packet.Parse(f, dir, s)
-		}
-	}
 	if err == packet.ErrNotTCP && dir == packet.FromOuter {
 		m.icmp(frame)
 		return m.acts
@@ -289,7 +283,6 @@ const (
 	dropLimit        = "drop_limit"          // no memory for the bytes or the flow
 	dropDead         = "drop_dead"           // of an aborted flow
 	dropICMP         = "drop_icmp"           // an ICMP error that concerns no SYN or SYN-ACK
-	repairedSYNs     = "syn_bad_opts_ended"  // SYNs whose malformed options were cut off
 )
 
 func (m *Machine) count(name string) { m.counts[name]++ }

@@ -162,21 +162,3 @@ func endsInOption(b []byte) bool {
 func appendMSS(b []byte, mss int) []byte {
 	return binary.BigEndian.AppendUint16(append(b, packet.OptMSS, optMSSLen), uint16(mss))
 }
-
-// endMalformed overwrites the first option that does not fit, and all after
-// it, by the end of the list, and reports whether there was one. Linux stops
-// at such an option and takes the segment, so a SYN must not be lost for it.
-func endMalformed(opts []byte) bool {
-	for len(opts) > 0 && opts[0] != packet.OptEnd {
-		if opts[0] == packet.OptNOP {
-			opts = opts[1:]
-			continue
-		}
-		if len(opts) < 2 || opts[1] < 2 || int(opts[1]) > len(opts) {
-			clear(opts)
-			return true
-		}
-		opts = opts[opts[1]:]
-	}
-	return false
-}

@@ -48,25 +48,6 @@ func TestOptionEdit(t *testing.T) {
 	}
 }
 
-func TestEndMalformed(t *testing.T) {
-	for _, x := range []struct {
-		in, want []byte
-		ended    bool
-	}{
-		{in: []byte{1, 1, 4, 2}, want: []byte{1, 1, 4, 2}},
-		{in: []byte{4, 2, 69, 0}, want: []byte{4, 2, 0, 0}, ended: true},
-		{in: []byte{4, 2, 69, 1}, want: []byte{4, 2, 0, 0}, ended: true},
-		{in: []byte{69, 5, 1, 2}, want: []byte{0, 0, 0, 0}, ended: true},
-		{in: []byte{1, 1, 1, 69}, want: []byte{1, 1, 1, 0}, ended: true},
-		{in: []byte{0, 69, 9, 9}, want: []byte{0, 69, 9, 9}},
-	} {
-		b := bytes.Clone(x.in)
-		if ended := endMalformed(b); ended != x.ended || !bytes.Equal(b, x.want) {
-			t.Errorf("%x: got %x %v", x.in, b, ended)
-		}
-	}
-}
-
 // FuzzOptions: edited options are well-formed, aligned, fit, carry the ENO
 // option that was asked for, and nothing else of the original is lost.
 func FuzzOptions(f *testing.F) {
