@@ -234,16 +234,15 @@ func (m *Machine) activeOuter(f *flow, s *packet.Segment) {
 		m.refused(f, s, packet.FromOuter)
 	case s.Flags&packet.SYN == 0:
 		m.count(dropUnacceptable)
-	case s.Flags&packet.ACK == 0:
-		m.crossing(f, s)
 	case f.phase == phasePlainSYN:
-		o := readSYNOptions(s.Options())
-		if o.enos == 0 {
+		if o := readSYNOptions(s.Options()); o.enos == 0 && s.Flags&packet.ACK != 0 {
 			m.remember(f)
 		}
 		m.bury(f, fatePlain)
 		m.passPlain(s, packet.FromOuter)
 		m.emit(Action{Kind: Undivert, Key: f.key})
+	case s.Flags&packet.ACK == 0:
+		m.crossing(f, s)
 	default:
 		m.synAck(f, s)
 	}

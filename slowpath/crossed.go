@@ -11,10 +11,9 @@ import (
 // section 4.3, figure 12). Its ENO option is the one that counts; that of its
 // SYN-ACK is the same.
 func (m *Machine) crossing(f *flow, s *packet.Segment) {
-	plain := f.phase == phasePlainSYN
 	m.learnSYN(f, s)
 	sub, reason := m.negotiated(f)
-	if plain || reason == ReasonRoleConflict {
+	if reason == ReasonRoleConflict {
 		reason = ReasonSimultaneous
 	}
 	opts, ok := m.inwardSYN(s, &f.remote).apply(s.Options())
@@ -65,10 +64,10 @@ func (m *Machine) crossedOuter(f *flow, s *packet.Segment) {
 	case s.Flags&packet.RST != 0 && off == 0:
 		m.refused(f, s, packet.FromOuter)
 	case s.Flags&(packet.SYN|packet.ACK) == packet.SYN && s.Seq == f.irs:
-		switch o := readSYNOptions(s.Options()); {
-		case o.enos == 0:
-			m.toPlain(f, s, packet.FromOuter, ReasonSYNRetries)
-		case f.synack != nil:
+		o := readSYNOptions(s.Options())
+		if reason := withdrawn(&o); reason != "" {
+			m.toPlain(f, s, packet.FromOuter, reason)
+		} else if f.synack != nil {
 			m.resendSYNACK(f)
 		}
 	case s.Flags&packet.ACK == 0, s.Ack != f.iss+1,

@@ -396,6 +396,18 @@ func TestLateAnswer(t *testing.T) {
 	}
 	s.inner(tcp{seq: 99, flags: packet.SYN, wnd: 64240})
 	s.wantReport(StateOffered, "")
+
+	// The peer's SYN may come instead: the flow was counted as plain already.
+	s = newScript(t, Config{})
+	for range 3 {
+		s.connect()
+		s.tick(time.Second)
+	}
+	s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 1000, opts: withENO(linuxSYN(1400, 1, 0), option(1, x25519))})
+	s.wantKinds(SendInner, Undivert)
+	if in := s.one(SendInner); hasENO(in.Options()) || s.m.Counters()[countPlain] != 1 {
+		t.Errorf("passed on %+v, counters %v", in, s.m.Counters())
+	}
 }
 
 // Nobody answers the SYN, or the inner stack does not.
@@ -505,16 +517,55 @@ func TestPassiveCopies(t *testing.T) {
 	if s.m.Counters()[countAbsorbed] != 1 {
 		t.Errorf("counters %v", s.m.Counters())
 	}
-	// A SYN without ENO: the peer has given encryption up.
-	for _, answered := range []bool{false, true} {
-		s = newScript(t, Config{})
-		s.listening(crypto.TEPX25519)
-		if answered {
-			s.answered()
-		}
-		s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: linuxSYN(1400, 25, 0)})
-		s.wantKinds(SendInner, Undivert)
-		s.wantReport(StatePlain, ReasonSYNRetries)
+}
+
+// A copy of the SYN without an option that could be negotiated with: the peer has
+// given encryption up, or somebody on the way has for it (RFC 8547 section 4.6).
+// One with another option that could is answered as the first one was.
+func TestWithdrawn(t *testing.T) {
+	offer := option(x25519)
+	for _, x := range []struct {
+		name   string
+		eno    []byte
+		reason string
+	}{
+		{"no option", nil, ReasonSYNRetries},
+		{"duplicate", append(bytes.Clone(offer), offer...), ReasonDuplicateENO},
+		{"ill-formed", option(0x80), ReasonIllFormed},
+		{"vacuous", option(2), ReasonVacuous},
+		{"another", option(0, p256), ""},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			for _, answered := range []bool{false, true} {
+				s := newScript(t, Config{})
+				s.listening(crypto.TEPX25519)
+				if answered {
+					s.answered()
+				}
+				s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: withENO(linuxSYN(1400, 25, 0), x.eno)})
+				if x.reason == "" {
+					s.one(map[bool]ActionKind{false: SendInner, true: SendOuter}[answered])
+					continue
+				}
+				s.wantKinds(SendInner, Undivert)
+				s.wantReport(StatePlain, x.reason)
+				if in := s.one(SendInner); hasENO(in.Options()) {
+					t.Error("ENO shown to the inner stack")
+				}
+			}
+			s := newScript(t, Config{Policy: always(Policy{PassiveRole: true})})
+			s.connect()
+			for range 2 {
+				s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: withENO(linuxSYN(1400, 21, 0), offer)})
+				s.answered()
+			}
+			s.outer(tcp{seq: peerISS, flags: packet.SYN, wnd: 65160, opts: withENO(linuxSYN(1400, 21, 0), x.eno)})
+			if x.reason == "" {
+				s.one(SendOuter)
+				return
+			}
+			s.wantReport(StatePlain, x.reason)
+		})
 	}
 }
 

@@ -194,11 +194,13 @@ func (m *Machine) answerSYN(f *flow, s *packet.Segment) {
 // answerPatience is how long the first ACK is awaited: less when many are, which
 // may be a flood of SYNs.
 func (m *Machine) answerPatience() time.Duration {
-	if 8*len(m.flows) >= m.cfg.MaxHalfOpen {
+	if m.pressed() {
 		return answerPressed
 	}
 	return answerIdle
 }
+
+func (m *Machine) pressed() bool { return 8*len(m.flows) >= m.cfg.MaxHalfOpen }
 
 // recordSYNACK makes the outer form of a SYN-ACK; false when ENO finds no room.
 func (m *Machine) recordSYNACK(f *flow, s *packet.Segment) bool {
@@ -258,9 +260,8 @@ func (m *Machine) passiveOuter(f *flow, s *packet.Segment) {
 // remoteSYNCopy treats a retransmission of the peer's SYN.
 func (m *Machine) remoteSYNCopy(f *flow, s *packet.Segment) {
 	o := readSYNOptions(s.Options())
-	if o.enos == 0 {
-		// The active opener has disabled ENO (RFC 8547 section 4.6).
-		m.toPlain(f, s, packet.FromOuter, ReasonSYNRetries)
+	if reason := withdrawn(&o); reason != "" {
+		m.toPlain(f, s, packet.FromOuter, reason)
 		return
 	}
 	if f.phase == phaseAnswered {
@@ -281,6 +282,25 @@ func (m *Machine) remoteSYNCopy(f *flow, s *packet.Segment) {
 		}
 		f.expires = m.now + offerIdle
 	}
+}
+
+// withdrawn returns why a copy of the peer's SYN disables ENO, which every segment
+// up to the first ACK can (RFC 8547 section 4.6); "" if it does not.
+func withdrawn(o *synOptions) (reason string) {
+	switch o.enos {
+	case 0:
+		return ReasonSYNRetries
+	case 1:
+	default:
+		return ReasonDuplicateENO
+	}
+	switch eno, err := ParseENO(o.option()); {
+	case err != nil:
+		return ReasonIllFormed
+	case eno.Vacuous():
+		return ReasonVacuous
+	}
+	return ""
 }
 
 // listenOuter takes a segment other than a SYN while the inner stack has not
