@@ -143,9 +143,11 @@ type Config struct {
 	// Offload reports whether the key agreement of a TEP is not computed inside
 	// Input but handed out as a Job; nil: none is.
 	Offload     func(crypto.TEP) bool
-	MTU         int           // IP MTU of the outer interface, bytes
-	MaxHalfOpen int           // most flows negotiated at a time, default 16384; SYNs from the wire may make a quarter
-	Deadline    time.Duration // of the key exchange, default 3 s (T19)
+	MTU         int // IP MTU of the outer interface, bytes
+	MaxHalfOpen int // most flows negotiated at a time, default 16384; SYNs from the wire may make a quarter
+	// Deadline of a key exchange whose peer says nothing more, default 3 s (T19).
+	// While segments of it come it gets more time.
+	Deadline    time.Duration
 	RememberFor time.Duration // how long a failing peer is not offered ENO, default 60 s
 	// RememberPlainFor is how long a peer that answered without a usable ENO
 	// option is not offered ENO; 0: every connection tries again.

@@ -15,6 +15,9 @@ import (
 const (
 	deadlineRTTs   = 4  // at least so many round trips (T19)
 	deadlineFactor = 10 // but at most so many times the configured deadline
+	// With a peer whose segments come, so many times the configured deadline: two
+	// losses in a row take 3 s where TCP waits a second at first (RFC 6298).
+	deadlineHeard = 3
 )
 
 // startExchange turns encryption on: from here on the flow is encrypted or
@@ -22,7 +25,8 @@ const (
 func (m *Machine) startExchange(f *flow) {
 	f.phase = phaseExchange
 	bound := f.noteAnswered(m.now)
-	f.expires = m.now + min(max(m.cfg.Deadline, deadlineRTTs*bound), deadlineFactor*m.cfg.Deadline)
+	f.latest = m.now + deadlineFactor*m.cfg.Deadline
+	f.expires = min(m.now+max(m.cfg.Deadline, deadlineRTTs*bound), f.latest)
 	switch {
 	case f.resume:
 		sess := f.ticket.session(f.tepByte, f.nonce, f.theirs)
@@ -35,6 +39,14 @@ func (m *Machine) startExchange(f *flow) {
 		m.beginExchange(f)
 	default:
 		m.report(f.info(), StateNegotiating, "")
+	}
+}
+
+// proceeded gives more time to a peer of which something new came, unless so many
+// flows are half-open that it may be a flood.
+func (m *Machine) proceeded(f *flow) {
+	if !m.pressed() {
+		f.expires = max(f.expires, min(m.now+deadlineHeard*m.cfg.Deadline, f.latest))
 	}
 }
 
@@ -79,7 +91,10 @@ func (m *Machine) exchange(f *flow, s *packet.Segment) {
 	if f.tsOK && s.HasTS && off <= next {
 		f.tsRemote = s.TSval
 	}
-	f.heard = true
+	if !f.heard {
+		f.heard = true
+		m.proceeded(f)
+	}
 	if off <= next {
 		f.inner.Learn(s)
 	}
@@ -139,6 +154,7 @@ func (m *Machine) data(f *flow, s *packet.Segment, off int) {
 	m.rxHeld += len(f.rx.buf) - held
 	got := f.rxNext()
 	if got > before {
+		m.proceeded(f)
 		if reason := m.progress(f); reason != "" {
 			m.abort(f, reason)
 			return

@@ -430,7 +430,7 @@ func TestPassiveTimeout(t *testing.T) {
 	s.passive(crypto.TEPX25519)
 	msg := s.init1(crypto.TEPX25519, false, nil)
 	s.outer(s.data(0, 0, msg[:40]))
-	s.tick(DefaultDeadline)
+	s.tick(deadlineHeard * DefaultDeadline)
 	s.wantReport(StateFailed, ReasonTimeout)
 	if p := s.one(SendOuter); p.Flags != packet.RST|packet.ACK || p.Seq != localISS+1 || p.Ack != peerISS+41 {
 		t.Errorf("outer reset %+v", p)
@@ -449,6 +449,51 @@ func TestPassiveTimeout(t *testing.T) {
 	s.wantKinds(SendOuter)
 	if p := s.one(SendOuter); p.Flags != packet.RST || p.Seq != localISS+1 {
 		t.Errorf("outer reset %+v", p)
+	}
+}
+
+// While segments of the peer come it has time to send them again after a pause of
+// a second, two and four (RFC 6298), but not without end, and less where many flows
+// are half-open.
+func TestPatience(t *testing.T) {
+	waited := func(s *script) time.Duration {
+		start := s.now
+		for s.m.Len() > 0 {
+			at, _ := s.m.Deadline()
+			s.tick(at - s.now)
+		}
+		s.wantReport(StateFailed, ReasonTimeout)
+		return s.now - start
+	}
+	s := newScript(t, Config{})
+	s.passive(crypto.TEPX25519)
+	if d := waited(s); d != 3*DefaultDeadline {
+		t.Errorf("waited %v for Init1", d)
+	}
+	s = newScript(t, Config{MaxHalfOpen: 4})
+	s.passive(crypto.TEPX25519)
+	if d := waited(s); d != DefaultDeadline {
+		t.Errorf("waited %v for Init1 while pressed", d)
+	}
+	s = newScript(t, Config{})
+	s.active(crypto.TEPX25519)
+	s.tick(2 * time.Second)
+	ack := s.data(0, len(s.localInit), nil)
+	s.outer(ack)
+	s.tick(2 * time.Second)
+	s.outer(ack) // brings nothing new
+	if d := waited(s); d != 3*DefaultDeadline-2*time.Second {
+		t.Errorf("waited %v for Init2", d)
+	}
+	s = newScript(t, Config{})
+	s.passive(crypto.TEPX25519)
+	start, msg := s.now, s.init1(crypto.TEPX25519, false, nil)
+	for i := range 12 {
+		s.outer(s.data(i, 0, msg[i:i+1]))
+		s.tick(2 * time.Second)
+	}
+	if waited(s); s.now-start != deadlineFactor*DefaultDeadline {
+		t.Errorf("waited %v for Init1 byte by byte", s.now-start)
 	}
 }
 

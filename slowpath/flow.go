@@ -28,6 +28,7 @@ type flow struct {
 	phase   phase
 	since   time.Duration
 	expires time.Duration // end of patience in this phase
+	latest  time.Duration // exchange: expires is at most this
 	due     time.Duration // position in the timer heap
 	slot    int
 
