@@ -27,9 +27,9 @@ func (s Source) interfaces(o Options) ([]Interface, error) {
 	}
 	defer tool.Close()
 	if o.Interface != "" {
-		l, err := netlink.LinkByName(o.Interface)
+		l, err := xdp.FindLink(o.Interface)
 		if err != nil {
-			return nil, fmt.Errorf("interface %s: %w", o.Interface, err)
+			return nil, err
 		}
 		i, err := s.gatherInterface(l, tool)
 		if err != nil {

@@ -69,12 +69,14 @@ func TestExamine(t *testing.T) {
 		{"kernel without tcx links", machine(func(m *Machine) { m.Kernel, m.Minor = "6.5.0", 5 }), "kernel", Fail, "6.5.0", "-", false},
 		{"kernel without metadata", machine(func(m *Machine) { m.Minor = 8 }), "kernel", Warn, "6.18.1", "-", false},
 		{"later major kernel", machine(func(m *Machine) { m.Kernel, m.Major, m.Minor = "7.0.1", 7, 0 }), "kernel", OK, "7.0.1", "-", false},
-		{"no privilege", machine(func(m *Machine) { m.Capabilities = 0; m.MemlockSoft = Unlimited }), "privileges", Fail, "without CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF", "sudo tcpcrypt doctor", false},
+		{"no privilege", machine(func(m *Machine) { m.Capabilities = 0; m.MemlockSoft = Unlimited }), "privileges", Fail, "without CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN", "sudo tcpcrypt doctor", false},
+		{"root of a user namespace", machine(func(m *Machine) { m.OtherUsers = true }), "privileges", Fail, "user namespace", "sudo tcpcrypt doctor", false},
 		{"no BPF feature", machine(func(m *Machine) { m.BPF["XSKMAP"] = "the kernel does not have it" }), "bpf", Fail, "XSKMAP: the kernel", "-", false},
 		{"no JIT", machine(func(m *Machine) { m.JIT = "0" }), "bpf-jit", Warn, "off", "sysctl -w net.core.bpf_jit_enable=1", true},
 		{"no cgroup2", machine(func(m *Machine) { m.Cgroup2 = "" }), "cgroup2", Warn, "not mounted", "mount -t cgroup2 none /sys/fs/cgroup", false},
 		{"no AF_XDP", machine(func(m *Machine) { m.AFXDP = "address family not supported" }), "af-xdp", Fail, "not supported", "-", false},
 		{"no TUN", machine(func(m *Machine) { m.TUN = "/dev/net/tun: no such file" }), "tun", Fail, "no such file", "modprobe tun", true},
+		{"no right to TUN", machine(func(m *Machine) { m.TUN = "/dev/net/tun: permission denied" }), "tun", Fail, "permission denied", "-", false},
 		{"little locked memory", machine(func(m *Machine) { m.Capabilities &^= 1 << 14 }), "memlock", Fail, "8192 KiB", "ulimit -l unlimited   # for a service: LimitMEMLOCK=infinity", false},
 		{"enough locked memory", machine(func(m *Machine) { m.Capabilities &^= 1 << 14; m.MemlockSoft = 1 << 30 }), "memlock", OK, "1024 MiB", "-", false},
 		{"no huge pages", machine(func(m *Machine) { m.THP = "never" }), "huge-pages", Warn, "none reserved", "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled", true},
@@ -100,6 +102,7 @@ func TestExamine(t *testing.T) {
 		{"jumbo", nic(func(n *Interface) { n.MTU = 9000 }), "mtu", OK, "packets of several buffers", "-", false},
 		{"tiny MTU", nic(func(n *Interface) { n.MTU = 576 }), "mtu", Warn, "576", "-", false},
 		{"other program", nic(func(n *Interface) { n.XDP = "xdp_dispatcher" }), "xdp-program", Fail, "xdp_dispatcher", "ip link set dev nic0 xdp off", false},
+		{"a program that only root can name", func(f *Facts) { f.Machine.Capabilities, f.Interfaces[0].XDP = 0, "program 7" }, "xdp-program", Fail, "program 7 is attached", "sudo tcpcrypt doctor nic0", false},
 		{"own program", nic(func(n *Interface) {
 			n.XDP, n.OwnXDP, n.Sockets = "host_xdp", true, []int{0, 1}
 			n.TCX = []string{"nic_egress"}

@@ -18,10 +18,11 @@ type Machine struct {
 	Kernel       string            `json:"kernel"` // release
 	Major        int               `json:"major"`
 	Minor        int               `json:"minor"`
-	CPUs         []int             `json:"cpus"`         // online
-	CPUFlags     []string          `json:"cpu_flags"`    // those of interest
-	Capabilities uint64            `json:"capabilities"` // effective ones of this process, as a bit set
-	MemlockSoft  uint64            `json:"memlock_soft"` // bytes
+	CPUs         []int             `json:"cpus"`           // online
+	CPUFlags     []string          `json:"cpu_flags"`      // those of interest
+	Capabilities uint64            `json:"capabilities"`   // effective ones of this process, as a bit set
+	OtherUsers   bool              `json:"user_namespace"` // the process is root of a user namespace at most
+	MemlockSoft  uint64            `json:"memlock_soft"`   // bytes
 	MemlockHard  uint64            `json:"memlock_hard"`
 	HugePageSize uint64            `json:"huge_page_size"`  // bytes
 	HugeTotal    int               `json:"huge_pages"`      // reserved pages

@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
 )
 
 // Status is how a finding is judged.
@@ -62,7 +64,7 @@ func Examine(f Facts) []Finding {
 		}
 		e.device(n)
 		e.modes(n)
-		e.programs(n)
+		e.programs(n, &f.Machine)
 		e.queues(n, &f.Machine)
 		e.placement(n, &f.Machine, f.WorkerCPUs)
 		e.features(n)
@@ -97,7 +99,9 @@ func (e *examiner) machine(m *Machine) {
 	}
 	if m.TUN != "" {
 		f := e.add("tun", Fail, m.TUN, "plaintext is exchanged with the kernel over a TAP device (CONFIG_TUN)", "")
-		f.propose(loadModule("tun"))
+		if !strings.HasSuffix(m.TUN, unix.EACCES.Error()) { // which the privileges explain
+			f.propose(loadModule("tun"))
+		}
 	} else {
 		e.ok("tun", "TAP devices can be made")
 	}
@@ -125,28 +129,22 @@ func (e *examiner) kernel(m *Machine) {
 	e.ok("kernel", "Linux %s", m.Kernel)
 }
 
-// neededCapabilities are what `run` cannot do without.
-var neededCapabilities = []struct {
-	bit  uint
-	name string
-}{
-	{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"},
-	{unix.CAP_NET_RAW, "CAP_NET_RAW"},
-	{unix.CAP_BPF, "CAP_BPF"},
-}
-
 func (e *examiner) privileges(m *Machine) {
 	var missing []string
-	for _, c := range neededCapabilities {
-		if m.Capabilities&(1<<c.bit) == 0 {
-			missing = append(missing, c.name)
+	for _, c := range xdp.NeededCapabilities {
+		if m.Capabilities&(1<<c.Bit) == 0 {
+			missing = append(missing, c.Name)
 		}
 	}
 	if len(missing) > 0 {
 		e.add("privileges", Fail, "without "+strings.Join(missing, ", "), "the daemon needs them, and so do some of these examinations", "sudo tcpcrypt doctor")
 		return
 	}
-	e.ok("privileges", "CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF")
+	if m.OtherUsers {
+		e.add("privileges", Fail, "root of a user namespace", "BPF programs can be loaded by root of the machine only, and not in a rootless container", "sudo tcpcrypt doctor")
+		return
+	}
+	e.ok("privileges", "CAP_NET_ADMIN, CAP_NET_RAW and CAP_SYS_ADMIN")
 }
 
 func (e *examiner) bpf(m *Machine) {
@@ -171,7 +169,7 @@ func (e *examiner) bpf(m *Machine) {
 		e.ok("bpf-jit", "on (%s)", m.JIT)
 	}
 	if m.Cgroup2 == "" {
-		e.add("cgroup2", Warn, "not mounted", "programs on control groups are how applications could be told of their connections' encryption; host mode works without", "mount -t cgroup2 none /sys/fs/cgroup")
+		e.add("cgroup2", Warn, "not mounted", "the guard's programs at the sockets hang on control groups; the daemon has to make a mount of its own", "mount -t cgroup2 none /sys/fs/cgroup")
 	} else {
 		e.ok("cgroup2", "%s", m.Cgroup2)
 	}

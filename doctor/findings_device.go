@@ -5,6 +5,8 @@ import (
 	"maps"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Sizes of host mode, in bytes, against which MTUs are judged.
@@ -124,12 +126,14 @@ func (e *examiner) mtu(n *Interface) {
 	}
 }
 
-func (e *examiner) programs(n *Interface) {
+func (e *examiner) programs(n *Interface, m *Machine) {
 	switch {
 	case n.OwnXDP && strings.HasPrefix(n.XDP, gatewayPrefix):
-		e.ok("xdp-program", "a gateway's (%s): it runs, or has left its bypass, which tcpcrypt run --cleanup removes", n.XDP)
+		e.ok("xdp-program", "a gateway's (%s): it runs, or has left its bypass, which tcpcrypt run --cleanup with --interface and --inner-interface removes", n.XDP)
 	case n.OwnXDP:
 		e.ok("xdp-program", "the daemon's (%s): it runs", n.XDP)
+	case n.XDP != "" && m.Capabilities&(1<<unix.CAP_SYS_ADMIN) == 0:
+		e.add("xdp-program", Fail, n.XDP+" is attached", "it may be the daemon's, or another one, beside which the daemon does not start: only root can tell", "sudo tcpcrypt doctor "+n.Name)
 	case n.XDP != "":
 		e.add("xdp-program", Fail, n.XDP+" is attached", "an interface has one XDP program; the daemon does not replace another one", "ip link set dev "+n.Name+" xdp off")
 	default:

@@ -14,6 +14,8 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
+
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/xdp"
 )
 
 // Source says where facts are read from: file systems that a test may replace.
@@ -103,6 +105,7 @@ func (s Source) machine() Machine {
 		}
 	}
 	m.Capabilities, _ = strconv.ParseUint(fields(s.proc("self/status"))["CapEff"], 16, 64)
+	m.OtherUsers = xdp.OtherUsers(text(s.proc("self/uid_map")))
 	m.MemlockSoft, m.MemlockHard = s.memlock()
 	m.IRQBalance = s.runs("irqbalance")
 	return m

@@ -66,7 +66,7 @@ func (h *Host) openGateway(want xdp.Mode, outer []int) (err error) {
 	if h.cfg.Inner == h.cfg.Interface {
 		return fmt.Errorf("%s cannot be both sides of a gateway", h.cfg.Inner)
 	}
-	if h.innerNIC, err = xdp.Probe(h.cfg.Inner); err != nil {
+	if h.innerNIC, err = probe(h.cfg.Inner); err != nil {
 		return err
 	}
 	if h.innerNIC.RXQueues > maxQueues {
@@ -157,6 +157,9 @@ func (h *Host) bindGateway(m xdp.Mode, outer, inner []int, chunk int) error {
 // CleanupGateway removes what a gateway's daemon left on its two interfaces, and
 // reports whether there was anything.
 func CleanupGateway(outer, inner string) (found bool, err error) {
+	if err := xdp.CheckPrivileges(); err != nil {
+		return false, err
+	}
 	return xdp.RemoveGateway([2]string{xdp.Outer: outer, xdp.Inner: inner})
 }
 

@@ -132,11 +132,17 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if h.caps, err = xdp.Probe(cfg.Interface); err != nil {
+	if err = xdp.CheckPrivileges(); err != nil {
 		return nil, err
 	}
-	if h.caps.Loopback {
-		return nil, fmt.Errorf("%s is the loopback device: its connections do not leave this host, and are not encrypted", cfg.Interface)
+	if cfg.GuardCgroup != "" && cfg.Guard != GuardOff {
+		// The default may be missing; what was named is there, or a mistake.
+		if err = xdp.CheckCgroup(cfg.GuardCgroup); err != nil {
+			return nil, fmt.Errorf("guard-cgroup: %w", err)
+		}
+	}
+	if h.caps, err = probe(cfg.Interface); err != nil {
+		return nil, err
 	}
 	if h.diag, err = xdp.OpenSocketDiag(); err != nil {
 		return nil, err
@@ -200,6 +206,15 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	}
 	go h.watch()
 	return h, nil
+}
+
+// probe is xdp.Probe of an interface that has a wire behind it.
+func probe(iface string) (xdp.Capabilities, error) {
+	c, err := xdp.Probe(iface)
+	if err == nil && c.Loopback {
+		err = fmt.Errorf("%s is the loopback device: its connections do not leave this host, and are not encrypted", iface)
+	}
+	return c, err
 }
 
 // startWorkers makes the workers and starts their threads. On error none runs.
@@ -372,8 +387,8 @@ func (h *Host) bind(want xdp.Mode, queues []int, chunk int) error {
 		return h.bindQueues([]xdp.Mode{want}, queues, chunk, "")
 	}
 	err := h.bindQueues([]xdp.Mode{xdp.ModeZeroCopy, xdp.ModeCopy}, queues, chunk, "")
-	if err == nil {
-		return nil
+	if err == nil || errors.Is(err, xdp.ErrXDPBusy) { // in every mode
+		return err
 	}
 	return h.bindQueues([]xdp.Mode{xdp.ModeGeneric}, queues, chunk, err.Error())
 }
@@ -432,6 +447,9 @@ func firstMode(modes []xdp.Mode, refused string, try func(xdp.Mode) error) (xdp.
 		err := try(m)
 		if err == nil {
 			return m, strings.Join(append(earlier, reasons...), "; "), nil
+		}
+		if errors.Is(err, xdp.ErrXDPBusy) { // in every mode
+			return 0, "", err
 		}
 		reasons = append(reasons, fmt.Sprintf("%v: %v", m, err))
 	}
@@ -557,9 +575,15 @@ func (h *Host) guardState() (state string, layers []GuardLayer) {
 // shut. pins is HostConfig.GuardPins. It reports whether there was one, and how
 // many connections it ended.
 func Cleanup(iface, pins string) (found bool, ended int, err error) {
+	if err := xdp.CheckPrivileges(); err != nil {
+		return false, 0, err
+	}
 	caps, err := xdp.Probe(iface)
 	if err != nil {
 		return false, 0, err
+	}
+	if xdp.GatewayOn(caps.Ifindex) {
+		return false, 0, fmt.Errorf("a gateway's program is on %s: name its other interface with --inner-interface", iface)
 	}
 	return xdp.RemoveGuard(caps.Ifindex, pins, xdp.DestroySocket)
 }
@@ -970,7 +994,7 @@ func (h *Host) Rekey(local, remote netip.AddrPort) (n int, err error) {
 }
 
 // ErrNoFlow: there is no encrypted flow between the endpoints.
-var ErrNoFlow = errors.New("no encrypted flow between these endpoints")
+var ErrNoFlow = errors.New("no encrypted flow between these endpoints: flows lists those that there are, LOCAL is this host's")
 
 // Session returns the live encrypted flow between two endpoints (ENO 5.1: an
 // error when there is none).

@@ -269,13 +269,36 @@ func (d *Diverter) attachXDP(program *ebpf.Program, nic netlink.Link, mode Mode)
 	return nil
 }
 
-// describeXDP tells of the XDP program on a device.
+// describeXDP tells of the XDP program on a device, and what takes it off.
 func describeXDP(nic netlink.Link) string {
 	id, name := xdpProgram(nic)
-	if id == 0 {
+	what := strings.TrimSpace(fmt.Sprintf("id %d %s", id, name))
+	switch {
+	case id == 0:
 		return "unknown"
+	case strings.HasPrefix(name, hostPrefix):
+		return what + ": a tcpcrypt daemon runs on " + nic.Attrs().Name
+	case strings.HasPrefix(name, gatewayPrefix):
+		return what + ": a tcpcrypt gateway runs, or left its bypass, which run --cleanup with both its interfaces removes"
 	}
-	return strings.TrimSpace(fmt.Sprintf("id %d %s", id, name))
+	return what + ": ip link set dev " + nic.Attrs().Name + " xdp off removes it, if nothing needs it"
+}
+
+// What the names of XDP programs of hosts and of gateways begin with.
+const (
+	hostPrefix    = "host_xdp"
+	gatewayPrefix = "gateway_"
+)
+
+// GatewayOn reports whether an XDP program of a Gateway is on a device, of a
+// process that lives or of an earlier one.
+func GatewayOn(ifindex int) bool {
+	nic, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return false
+	}
+	_, name := xdpProgram(nic)
+	return strings.HasPrefix(name, gatewayPrefix)
 }
 
 func xdpProgram(nic netlink.Link) (ebpf.ProgramID, string) {

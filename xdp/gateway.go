@@ -261,7 +261,7 @@ func (g *Gateway) attach(cfg GatewayConfig, frags bool, old *oldGateway) error {
 
 func (g *Gateway) attachBoth(frags bool, mode Mode, old *oldGateway) error {
 	for side := range g.cards {
-		name := "gateway_" + Side(side).String()
+		name := gatewayPrefix + Side(side).String()
 		if frags {
 			name += "_frags"
 		}
@@ -371,8 +371,8 @@ func (g *Gateway) Close(keep bool) error {
 func RemoveGateway(names [2]string) (found bool, err error) {
 	var cards [2]netlink.Link
 	for side, name := range names {
-		if cards[side], err = netlink.LinkByName(name); err != nil {
-			return false, fmt.Errorf("xdp: interface %s: %w", name, err)
+		if cards[side], err = FindLink(name); err != nil {
+			return false, err
 		}
 	}
 	old, err := findGateway(cards)
@@ -460,7 +460,7 @@ const xdpAttachedSKB = 2
 // adopt takes the maps of a program if it is a Gateway's.
 func (o *oldGateway) adopt(program *ebpf.Program) (ours bool, err error) {
 	info, err := program.Info()
-	if err != nil || !strings.HasPrefix(info.Name, "gateway_") {
+	if err != nil || !strings.HasPrefix(info.Name, gatewayPrefix) {
 		return false, nil
 	}
 	ids, _ := info.MapIDs()

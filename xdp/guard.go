@@ -17,7 +17,7 @@ import (
 )
 
 // ErrGuardBusy: another process diverts connections of the interface.
-var ErrGuardBusy = errors.New("xdp: another process diverts this interface")
+var ErrGuardBusy = errors.New("another daemon runs on this interface")
 
 // guardFilter is the name of the filters, by which a guard that outlived its
 // process is found.
@@ -225,7 +225,7 @@ func checkDiverter(device netlink.Link) error {
 	if attached.programs[id] {
 		return nil
 	}
-	return fmt.Errorf("%w (XDP program %d)", ErrGuardBusy, id)
+	return fmt.Errorf("%w: end it first (XDP program %d on %s)", ErrGuardBusy, id, device.Attrs().Name)
 }
 
 func (g *Guard) load(cfg GuardConfig, tag uint16) error {

@@ -52,12 +52,20 @@ func isFileSystem(dir string, magic int64) bool {
 	return unix.Statfs(dir, &st) == nil && int64(uint32(st.Type)) == magic
 }
 
+// CheckCgroup tells whether dir can be a GuardConfig.Cgroup.
+func CheckCgroup(dir string) error {
+	if !isFileSystem(dir, unix.CGROUP2_SUPER_MAGIC) {
+		return fmt.Errorf("%s is not a directory of cgroup version 2", dir)
+	}
+	return nil
+}
+
 // openCgroup opens the given directory of the cgroup v2 hierarchy, or the root
 // of it.
 func openCgroup(dir string) (*os.File, error) {
 	if dir != "" {
-		if !isFileSystem(dir, unix.CGROUP2_SUPER_MAGIC) {
-			return nil, fmt.Errorf("%s is not a directory of cgroup version 2", dir)
+		if err := CheckCgroup(dir); err != nil {
+			return nil, err
 		}
 		return os.Open(dir)
 	}

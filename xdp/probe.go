@@ -47,9 +47,9 @@ type Capabilities struct {
 // can do. It changes nothing and needs no privilege.
 func Probe(ifname string) (Capabilities, error) {
 	c := Capabilities{Interface: ifname, RXQueues: 1, TXQueues: 1}
-	link, err := netlink.LinkByName(ifname)
+	link, err := FindLink(ifname)
 	if err != nil {
-		return c, fmt.Errorf("xdp: interface %s: %w", ifname, err)
+		return c, err
 	}
 	if c.Kernel, _, _, err = kernelRelease(); err != nil {
 		return c, err

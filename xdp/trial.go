@@ -49,8 +49,8 @@ func Try(ifname string) (t Trial, err error) {
 	if err != nil {
 		return t, fmt.Errorf("xdp: interface %s: %w", ifname, err)
 	}
-	if id, name := xdpProgram(nic); id != 0 {
-		return t, fmt.Errorf("%w (id %d %s)", ErrXDPBusy, id, name)
+	if id, _ := xdpProgram(nic); id != 0 {
+		return t, fmt.Errorf("%w (%s)", ErrXDPBusy, describeXDP(nic))
 	}
 	t.Fragments = c.MTU > maxPlainMTU
 	program, err := passProgram(t.Fragments)
