@@ -5,12 +5,16 @@ SEGMENTS ?= 1e8
 FIRST    ?= 1
 DURATION ?= 10m
 
+# What sudo made belongs to its user, whose make could not write it otherwise.
+give-back = @[ -z "$$SUDO_UID" ] || chown -R "$$SUDO_UID:$$SUDO_GID" bin
+
 .PHONY: all build demo test test-unit test-interop test-matrix test-limits sim soak bench generate lint fuzz clean root
 
 all: build
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)' -o bin/tcpcrypt ./cmd/tcpcrypt
+	$(give-back)
 
 # Two network namespaces, a daemon in each, one encrypted download. Needs root.
 demo: root build
@@ -69,6 +73,7 @@ bench: root build
 	bin/tcpcrypt bench wire --save bin/bench/wire.json
 	bin/tcpcrypt bench capacity --save bin/bench/capacity.json
 	bin/tcpcrypt bench report -o bin/bench/report.html bin/bench/*.json
+	$(give-back)
 
 # The BPF objects, which need clang, llvm-strip and the headers of libbpf, and
 # the assembly.

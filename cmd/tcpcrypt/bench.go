@@ -236,6 +236,14 @@ func newBenchCapacity() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		for _, f := range []struct {
+			name string
+			ns   float64
+		}{{"zerocopy-ns", c.ZeroCopy}, {"copy-rx-ns", c.CopyRX}, {"copy-tx-ns", c.CopyTX}, {"inner-ns", c.Inner}} {
+			if !(f.ns >= 0) {
+				return fmt.Errorf("--%s %v: must not be negative", f.name, f.ns)
+			}
+		}
 		p := bench.PipelineOptions{Payloads: sizes, Flows: []int{*flows}, Bursts: []int{*burst}, Workers: []int{1}}
 		if err := checkPipeline(&p); err != nil {
 			return err
@@ -263,7 +271,7 @@ func newBenchReport() *cobra.Command {
 	cmd := &cobra.Command{Use: "report FILE...", Short: "One HTML page with charts, from what suites printed with --json"}
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {
-			return fmt.Errorf("%s: FILE is missing", cmd.CommandPath())
+			return fmt.Errorf("%s: FILE is missing", commandName(cmd))
 		}
 		return nil
 	}

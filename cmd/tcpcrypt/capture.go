@@ -132,6 +132,8 @@ In the file each side is an interface, and each packet has its direction.`,
 			switch {
 			case file == "":
 				return errors.New("capture: --write FILE is missing")
+			case file == "-":
+				return errors.New("write: packets go to a file, not to the standard output")
 			case snap < 0:
 				return fmt.Errorf("snap: %d is negative", snap)
 			case duration < 0:

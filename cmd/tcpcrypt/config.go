@@ -97,7 +97,7 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.Var(&s.bypass, "bypass", "what a gateway does when the daemon hangs, has died or has ended: forward what is not encrypted, until the next start or --cleanup, or block everything")
 	fs.Var(&s.mode, "mode", "how packets are received; all but auto fail when it cannot be had")
 	fs.Var(&s.queues, "queues", "receive queues of the interface, like 0-3,5, in the order in which workers take them (default all)")
-	fs.IntVar(&s.workers, "workers", 0, "threads that carry packets (default one for each queue, as far as there are CPU cores)")
+	fs.IntVar(&s.workers, "workers", 0, "`N` threads that carry packets (default one for each queue, as far as there are CPU cores)")
 	fs.Var(&s.cpus, "cpus", "CPUs to pin workers to, like 0-3,5 (default near the interface, where there are CPUs to spare)")
 	fs.IntVar(&s.numa, "numa", -1, "choose the CPUs from NUMA node `N` (default that of the interface)")
 	fs.Var(&s.poll, "poll", "what a worker without work does: look on a little and then sleep, never sleep, or sleep at once")
@@ -108,8 +108,8 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.Var(&s.aeads, "aeads", "ciphers, in order of preference")
 	engineFlag(fs, &s.engine)
 	fs.BoolVar(&s.noResume, "no-resume", false, "do not resume sessions")
-	fs.IntVar(&s.resumeNonce, "resume-nonce", crypto.MaxResumeNonce, "length of resumption nonces in bytes, 0 to 8; less than 8 only where memory is never cloned or restored")
-	fs.Var(&s.rekeyBytes, "rekey-bytes", "change a key after it sealed so much data, like 1M or 64G")
+	fs.IntVar(&s.resumeNonce, "resume-nonce", crypto.MaxResumeNonce, "length of resumption nonces, `N` bytes, 0 to 8; less than 8 only where memory is never cloned or restored")
+	fs.Var(&s.rekeyBytes, "rekey-bytes", "change a key after it sealed so much data, like 1M (default 64G)")
 	fs.Var(&s.rekeyFrames, "rekey-frames", "change a key after it sealed so many frames (default by cipher)")
 	fs.DurationVar(&s.rekeyEvery, "rekey-every", 0, "change a key that has been used so long (default never)")
 	fs.BoolVar(&s.tcpKeepalive, "tcp-keepalive", false, "relay TCP keep-alives as they are, instead of asking the peer for an authenticated answer")
@@ -126,7 +126,7 @@ func (s *settings) flags() *pflag.FlagSet {
 	fs.StringVar(&s.metrics, "metrics", "", "serve Prometheus metrics at `ADDR`, like 127.0.0.1:9433")
 	fs.Var(&s.logFormat, "log-format", "format of the log on stderr")
 	fs.DurationVar(&s.drain, "drain-timeout", fastpath.DefaultDrain, "how long encrypted connections may take to finish after SIGTERM")
-	fs.Lookup("numa").DefValue = "" // -1 means nothing to a user
+	fs.Lookup("numa").DefValue = "0" // not shown; -1 means nothing to a user
 	return fs
 }
 
@@ -153,12 +153,14 @@ func (s *settings) check() error {
 	switch {
 	case s.inner != "" && s.inner == s.iface:
 		return fmt.Errorf("inner-interface: %s is the outer one already", s.inner)
+	case s.inner == "" && s.bypass.value == "block":
+		return errors.New("bypass is what a gateway does, which is given the other interface with --inner-interface; keep-guard is what a host has")
 	case s.inner != "" && s.keepGuard:
 		return errors.New("keep-guard is not for a gateway: --bypass says what it does without the daemon")
 	case s.iface == "":
 		return errors.New("interface is not set: give --interface, or the key interface in the --config file")
 	case s.control == "":
-		return errors.New("control is empty: it must be the path of a socket")
+		return errNoControl
 	case s.workers < 0:
 		return fmt.Errorf("workers: %d is negative", s.workers)
 	case s.numa < -1:
@@ -257,7 +259,7 @@ func (s *settings) applyFile(fs *pflag.FlagSet, path string) error {
 			continue
 		}
 		if err := f.Value.Set(value); err != nil {
-			return fmt.Errorf("%s: %s: %w", path, name, err)
+			return fmt.Errorf("%s: %s: %w", path, name, valueError(err))
 		}
 	}
 	return nil
@@ -313,6 +315,8 @@ func flagText(flag pflag.Value, value any) (string, error) {
 		return "", errors.New("must be a string, a whole number or an array of them")
 	case isNumber:
 		return "", errors.New("must be a whole number or a string")
+	case flag.Type() == "duration":
+		return "", errors.New(`must be a string like "30s" or "1h"`)
 	}
 	return "", errors.New("must be a string")
 }

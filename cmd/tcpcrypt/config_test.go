@@ -78,7 +78,7 @@ func TestConfigFile(t *testing.T) {
 		Rules: []fastpath.Rule{
 			{RemotePorts: []fastpath.PortRange{{First: 22, Last: 22}, {First: 443, Last: 445}}, Policy: slowpath.Policy{Verdict: slowpath.Plain}},
 			{
-				Local: netip.MustParsePrefix("10.0.0.0/8"), Remote: netip.MustParsePrefix("2001:db8::1/128"), LocalPorts: []fastpath.PortRange{{First: 80, Last: 80}},
+				Local: netip.MustParsePrefix("fd00::/8"), Remote: netip.MustParsePrefix("2001:db8::1/128"), LocalPorts: []fastpath.PortRange{{First: 80, Last: 80}},
 				Policy: slowpath.Policy{Verdict: slowpath.Require, NoResume: true, NoCache: true, PassiveRole: true, AppAware: slowpath.AppAwareMandatory},
 			},
 			{Policy: slowpath.Policy{AppAware: slowpath.AppAwareOn}},
@@ -102,7 +102,7 @@ func TestConfigFile(t *testing.T) {
 			remote-ports = [22, "443-445"]
 			action = "plain"
 			[[rule]]
-			local = "10.0.0.0/8"
+			local = "fd00::/8"
 			remote = "2001:db8::1"
 			local-ports = "80"
 			action = "require"
@@ -253,6 +253,7 @@ func TestConfigErrors(t *testing.T) {
 		{"[[rule]]\nremote-ports = ''", `rule 1: remote-ports: the list is empty`},
 		{"[[rule]]\nrole = 'b'", `rule 1: role: "b" is not one of A, B`},
 		{"[[rule]]\nresume = 'no'", `rule`},
+		{"[[rule]]\nlocal = '192.0.2.0/24'\nremote = '2001:db8::1'", `rule 1: local is 192.0.2.0/24 and remote 2001:db8::1/128: no connection has an IPv4 and an IPv6 address`},
 		{"interface = 'eth0'\ncontrol = ''", `control is empty`},
 		{"interface = 'eth0'\ninner-interface = 'eth0'", `inner-interface: eth0 is the outer one already`},
 		{"interface = 'eth0'\ninner-interface = 'eth1'\nkeep-guard = true", `keep-guard is not for a gateway: --bypass says what it does without the daemon`},

@@ -75,7 +75,7 @@ func listenControl(path string, log *slog.Logger) (*controlServer, error) {
 		return nil, fmt.Errorf("control: %s: longer than the %d bytes that a socket path may have", path, maxSocket)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("control: %w", err)
+		return nil, controlError(err)
 	}
 	lock, err := lockSocket(path)
 	if err != nil {
@@ -93,6 +93,15 @@ func listenControl(path string, log *slog.Logger) (*controlServer, error) {
 	return &controlServer{path: path, ln: ln, lock: lock, log: log, conns: map[net.Conn]struct{}{}}, nil
 }
 
+// controlError is the error of making the socket, the first thing that a daemon
+// without root's rights fails at.
+func controlError(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("control: %w: the daemon needs root", err)
+	}
+	return fmt.Errorf("control: %w", err)
+}
+
 func inUse(path string) error {
 	return fmt.Errorf("control: a daemon already answers at %s: give this one (in another network namespace?) a path of its own with --control", path)
 }
@@ -103,7 +112,7 @@ func lockSocket(path string) (*os.File, error) {
 	for {
 		lock, err := os.OpenFile(path+".lock", os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 		if err != nil {
-			return nil, fmt.Errorf("control: %w", err)
+			return nil, controlError(err)
 		}
 		if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			_ = lock.Close()
@@ -379,11 +388,16 @@ func parseEndpoint(s string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port()), nil
 }
 
+var errNoControl = errors.New("control is empty: it must be the path of a socket")
+
 // callTimeout is how long a client waits for the whole answer.
 const callTimeout = 5 * time.Second
 
 // dialControl connects to the daemon at path, for callTimeout.
 func dialControl(path string) (*net.UnixConn, error) {
+	if path == "" {
+		return nil, errNoControl
+	}
 	deadline := time.Now().Add(callTimeout)
 	conn, err := (&net.Dialer{Deadline: deadline}).Dial("unix", path)
 	if err != nil {
@@ -393,7 +407,14 @@ func dialControl(path string) (*net.UnixConn, error) {
 		if errno := syscall.Errno(0); errors.As(err, &errno) {
 			err = errno
 		}
-		return nil, failuref("no daemon answers at %s: %w", path, err)
+		hint := ""
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			hint = ": tcpcrypt run starts one, --control names the socket of another"
+		case errors.Is(err, fs.ErrPermission):
+			hint = ": only root may ask it"
+		}
+		return nil, failuref("no daemon answers at %s: %w%s", path, err, hint)
 	}
 	_ = conn.SetDeadline(deadline)
 	return conn.(*net.UnixConn), nil

@@ -43,9 +43,9 @@ told. Without a name all interfaces are examined that way.
 It ends with 0 when nothing failed, with 1 when at least one check failed, and
 with 2 for wrong flags or an interface that does not exist. Warnings do not
 count.`,
-		Args: func(_ *cobra.Command, args []string) error {
+		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 1 {
-				return fmt.Errorf("tcpcrypt doctor: unexpected argument %q", args[1])
+				return unexpected(cmd, args[1])
 			}
 			return nil
 		},

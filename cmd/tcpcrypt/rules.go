@@ -77,6 +77,9 @@ func (t *ruleText) rule() (r fastpath.Rule, err error) {
 	if r.Remote, err = parsePrefix(t.Remote); err != nil {
 		return r, fmt.Errorf("remote: %w", err)
 	}
+	if r.Local.IsValid() && r.Remote.IsValid() && r.Local.Addr().Is4() != r.Remote.Addr().Is4() {
+		return r, fmt.Errorf("local is %v and remote %v: no connection has an IPv4 and an IPv6 address", r.Local, r.Remote)
+	}
 	if r.LocalPorts, err = rulePorts(t.LocalPorts); err != nil {
 		return r, fmt.Errorf("local-ports: %w", err)
 	}

@@ -26,14 +26,16 @@ func newRunCommand(start startFunc) *cobra.Command {
 		Use:   "run --interface IF",
 		Short: "Run the daemon in the foreground",
 		Long: `Run encrypts the TCP connections of this host that go through one network
-interface or, with --inner-interface, those of the hosts behind another one. It stays in the foreground, logs to stderr, and logs "ready" once
-everything is attached. SIGTERM or SIGINT makes it wait for encrypted
-connections to finish (--drain-timeout), abort the rest, and detach
-everything; a second signal aborts them at once.
+interface or, with --inner-interface, those of the hosts behind another one. It
+stays in the foreground, logs to stderr, and logs "ready" once everything is
+attached. SIGTERM or SIGINT makes it wait for encrypted connections to finish
+(--drain-timeout), abort the rest, and detach everything; a second signal
+aborts them at once.
 
-Every flag except --config is also a key of the TOML file, and wins over it.
-The file may also have rules, which no flag can express.`,
-		Args: exactArgs(),
+Every flag except --config and --cleanup is also a key of the TOML file, and
+wins over it. The file may also have rules, which no flag can express.`,
+		Example: "  tcpcrypt run --interface eth0 --exclude-ports 22",
+		Args:    exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if config != "" {
 				if err := s.applyFile(flags, config); err != nil {
