@@ -267,7 +267,7 @@ func (f *flow) init(est *slowpath.Established, now time.Duration) {
 	f.ackSentO = f.nxtO
 	f.rxEdge = max(uint64(est.RxEdge), f.nxtO)
 	f.innerEdge = uint64(est.InnerWnd)
-	f.innerUp = !est.Active
+	f.innerUp = !est.Active || est.Crossed
 	f.wndMaxI = f.releasedWindow()
 }
 

@@ -119,7 +119,7 @@ func (m *model) inputOpening(s *packet.Segment) bool {
 		case fl&packet.SYN != 0:
 			m.learnSYN(s)
 			if ours {
-				m.establish(uint64(s.Wnd))
+				m.establish(uint64(s.Wnd), true)
 				break
 			}
 			m.opening = synReceived
@@ -137,20 +137,22 @@ func (m *model) inputOpening(s *packet.Segment) bool {
 			}
 		case ours && fl&packet.SYN != 0:
 			if s.Seq == m.irs {
-				m.establish(uint64(s.Wnd))
+				m.establish(uint64(s.Wnd), true)
 			}
 		case ours && uint64(offOf(m.irs, s.Seq, 0)) <= m.rcvEdge:
-			m.establish(uint64(s.Wnd) << m.cfg.peerShift)
+			m.establish(uint64(s.Wnd)<<m.cfg.peerShift, false)
 			return m.reset
 		}
 	}
 	return true
 }
 
-func (m *model) establish(wnd uint64) {
+// establish ends the handshake. The end of one in SYN-RECEIVED is an ACK, which is
+// not answered.
+func (m *model) establish(wnd uint64, answer bool) {
 	m.opening, m.synAt = opened, 0
 	m.max = 0
-	m.open(m.now, wnd)
+	m.begin(m.now, wnd, answer)
 }
 
 // refuseSYN answers a SYN that there is no socket for.

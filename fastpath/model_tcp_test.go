@@ -167,7 +167,10 @@ func newModel(name string, cfg modelConfig, app appConfig, rng *rand.Rand) *mode
 
 // open starts the model as it stands after its handshake: the window it
 // announced in its SYN, and the one that it was shown.
-func (m *model) open(now time.Duration, sndWnd uint64) {
+func (m *model) open(now time.Duration, sndWnd uint64) { m.begin(now, sndWnd, true) }
+
+// begin is open, with or without an ACK that answers the end of the handshake.
+func (m *model) begin(now time.Duration, sndWnd uint64, answer bool) {
 	m.now = now
 	m.started = true
 	m.edge = sndWnd
@@ -176,7 +179,9 @@ func (m *model) open(now time.Duration, sndWnd uint64) {
 	if m.cfg.keepalive > 0 {
 		m.kaAt = now + m.cfg.keepalive
 	}
-	m.sendAck()
+	if answer {
+		m.sendAck()
+	}
 	m.tick(now)
 }
 

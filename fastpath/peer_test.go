@@ -1622,6 +1622,16 @@ func TestReleaseRepeated(t *testing.T) {
 	}
 }
 
+// Where both SYNs crossed the inner stack is in SYN-RECEIVED, and says nothing when
+// its handshake ends: it gets data all the same.
+func TestDeliveredAfterCrossing(t *testing.T) {
+	r := newRig(t, rigConfig{active: true, crossed: true})
+	r.outer(seg{data: r.seal(0, []byte("greeting"))})
+	if string(r.got) != "greeting" {
+		t.Errorf("delivered %q", r.got)
+	}
+}
+
 // --- ICMP (T21) ---
 
 func (r *rig) tooBig(o int64, mtu int, mangle func(b []byte)) []byte {

@@ -23,7 +23,7 @@ type rigConfig struct {
 	innerWnd, peerWnd int
 	rxEdge            int
 	init              int // bytes of an Init message of ours that nobody acknowledged
-	active            bool
+	active, crossed   bool
 	mss               int
 	releaseWnd        uint16 // window in the segment that ends the inner handshake
 	engine            EngineConfig
@@ -125,7 +125,7 @@ func (r *rig) install() {
 	}
 	est := &slowpath.Established{
 		Key:     packet.Key{Local: local, Remote: remote, LPort: 443, RPort: c.port, VLAN: c.vlan},
-		Session: sess(crypto.RoleB), Role: crypto.RoleB, TEP: crypto.TEPX25519, Active: c.active, ISS: rigISS, IRS: rigIRS,
+		Session: sess(crypto.RoleB), Role: crypto.RoleB, TEP: crypto.TEPX25519, Active: c.active, Crossed: c.crossed, ISS: rigISS, IRS: rigIRS,
 		PeerMSS: c.mss, InnerMSS: c.mss, WScaleOK: c.shift != 0, LocalWScale: c.shift, RemoteWScale: c.shift,
 		SACKOK: c.sack, TSOK: c.ts, ECNOK: c.ecn, TSLocal: r.innerTS, TSRemote: r.peerTS,
 		TxInit: r.init, PeerWnd: c.peerWnd, RxEdge: c.rxEdge, InnerWnd: c.innerWnd,
@@ -137,7 +137,7 @@ func (r *rig) install() {
 	binary.BigEndian.PutUint32(tcp[4:], rigIRS+1)
 	binary.BigEndian.PutUint32(tcp[8:], rigISS+1)
 	binary.BigEndian.PutUint16(tcp[14:], c.releaseWnd)
-	if c.active {
+	if c.active && !c.crossed {
 		binary.BigEndian.PutUint32(tcp[4:], rigIRS)
 		tcp[13] |= packet.SYN
 	}

@@ -218,6 +218,9 @@ type Established struct {
 	Role    crypto.Role     // ENO role, A or B
 	TEP     crypto.TEP
 	Active  bool // the local stack opened the connection
+	// Crossed: so did the peer's. The local stack is in SYN-RECEIVED: it takes
+	// data, and does not answer the end of its handshake.
+	Crossed bool
 	// PeerAppAware is the a bit that the peer sent (RFC 8547 section 4.2).
 	PeerAppAware bool
 	Resumed      bool // the keys go by the role of the original session, see crypto.Session.Role

@@ -299,7 +299,7 @@ func (m *Machine) install(f *flow, sess *crypto.Session, pending []byte) {
 		m.sendAck(f)
 	}
 	est := &Established{
-		Key: f.key, Session: sess, Role: f.role(), TEP: f.tep, Active: f.active, PeerAppAware: f.aware, Resumed: f.resume, Unheard: f.active && !f.heard,
+		Key: f.key, Session: sess, Role: f.role(), TEP: f.tep, Active: f.active, Crossed: f.crossed, PeerAppAware: f.aware, Resumed: f.resume, Unheard: f.active && !f.heard,
 		ISS: f.iss, IRS: f.irs,
 		PeerMSS: m.mss(&f.remote, v6), InnerMSS: m.mss(&f.local, v6),
 		WScaleOK: f.local.hasWS && f.remote.hasWS, SACKOK: f.local.sackOK && f.remote.sackOK,

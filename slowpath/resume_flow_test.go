@@ -274,6 +274,9 @@ func TestResumeSimultaneousOpen(t *testing.T) {
 		}
 		s.wantKinds(SendOuter, Install, SendInner)
 		s.wantResumed(s.installed(), u)
+		if e := s.installed(); !e.Active || !e.Crossed {
+			t.Error("the local stack is not said to be in SYN-RECEIVED")
+		}
 		// The window of a SYN-ACK is not scaled, that of the ACK made of it is.
 		if ack := s.one(SendInner); ack.Flags != packet.ACK || ack.Seq != peerISS+1 || ack.Wnd != 65160>>7 {
 			t.Errorf("released flags %#x, seq %d, window %d", ack.Flags, ack.Seq, ack.Wnd)

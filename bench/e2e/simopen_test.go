@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"bytes"
 	"errors"
+	"io"
 	"net"
 	"testing"
 
@@ -79,6 +81,20 @@ func TestSimultaneousOpen(t *testing.T) {
 				}
 				if want := crypto.AllTEPs[0].String(); fa.TEP != want || fz.TEP != want {
 					t.Errorf("negotiated %s and %s, both prefer %s", fa.TEP, fz.TEP, want)
+				}
+				// Each side speaks first once, to one that has said nothing since
+				// the handshake.
+				from, to := ca, cz
+				if v6 {
+					from, to = cz, ca
+				}
+				greeting := stream(3, 100)
+				if _, err := from.Write(greeting); err != nil {
+					t.Fatal(err)
+				}
+				got := make([]byte, len(greeting))
+				if _, err := io.ReadFull(to, got); err != nil || !bytes.Equal(got, greeting) {
+					t.Fatalf("the greeting did not arrive: %v", err)
 				}
 				if err := swap(ca, cz, stream(1, 2<<20), stream(2, 2<<20)); err != nil {
 					t.Fatal(err)
