@@ -64,6 +64,25 @@ func TestOffloads(t *testing.T) {
 	}
 }
 
+// BIG TCP: packets of more than 64 KiB on the way to the interface, over IPv6 with a
+// jumbogram's header.
+func TestBigTCP(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	if err := b.path.A.SetGSOMaxSize(180000); err != nil {
+		t.Fatal(err)
+	}
+	a, z := b.both()
+	eachIP(t, func(t *testing.T, v6 bool) {
+		if err := b.exchange(v6, stream(1, 32<<20), stream(2, 1<<20), nil); err != nil {
+			t.Fatal(err)
+		}
+	})
+	b.encryptedOnly(a, z, 2)
+	if n := b.stats(a).Counters["guard_out_flow_dropped"]; n != 0 {
+		t.Errorf("the guard stopped %d packets that were not diverted", n)
+	}
+}
+
 // What A sends takes one router, what B sends another.
 func TestAsymmetricRouting(t *testing.T) {
 	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})

@@ -165,6 +165,13 @@ func (i *Iface) wrap(what string, err error) error {
 	return privilege(fmt.Errorf("lab: %s of %s in %s: %w", what, i.Name, i.NS.short, err))
 }
 
+// SetGSOMaxSize sets how large the packets are that the stack hands to the interface
+// to be cut, in bytes: more than 64 KiB is what is called BIG TCP.
+func (i *Iface) SetGSOMaxSize(bytes int) error {
+	nl, l := i.NS.nl, i.link()
+	return i.wrap("GSO size", errors.Join(nl.LinkSetGSOMaxSize(l, bytes), nl.LinkSetGSOIPv4MaxSize(l, bytes)))
+}
+
 func (i *Iface) link() netlink.Link {
 	a := netlink.NewLinkAttrs()
 	a.Index, a.Name = i.Index, i.Name

@@ -278,6 +278,8 @@ int tap_steer(struct __sk_buff *skb)
 			goto unknown;
 		set_addresses_v6(&key, &ip, true);
 		l4 = l3 + sizeof(ip);
+		if (ip.nexthdr == IPPROTO_HOPOPTS) /* of BIG TCP, see parse_v6 */
+			l4 += HOP_JUMBO;
 	} else {
 		goto unknown;
 	}

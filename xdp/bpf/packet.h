@@ -30,6 +30,9 @@
 #define ICMPV6_PARAMPROB 4 /* 2 is packet too big, 3 time exceeded */
 #define ICMP_HEADER 8
 
+#define IPV6_TLV_JUMBO 194
+#define HOP_JUMBO 8
+
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
@@ -132,6 +135,13 @@ static __always_inline bool is_extension(__u8 type)
 		return true;
 	}
 	return false;
+}
+
+/* The hop-by-hop options with which the kernel marks TCP of more than 64 KiB on its
+ * way to a device. They go when it is cut, so no segment leaves with them. */
+static __always_inline bool is_big_tcp(const __u8 *next)
+{
+	return next[0] == IPPROTO_TCP && next[1] == 0 && next[2] == IPV6_TLV_JUMBO && next[3] == 4;
 }
 
 static __always_inline int parse_tcp(void *data, void *end, void *l4, bool outbound, struct packet *p)
@@ -260,6 +270,8 @@ static __always_inline int parse_v6(void *data, void *end, void *l3, bool outbou
 	if (!is_extension(ip->nexthdr))
 		return KIND_OTHER;
 	set_addresses_v6(&p->key, ip, outbound);
+	if (outbound && ip->nexthdr == IPPROTO_HOPOPTS && next + HOP_JUMBO <= (__u8 *)end && is_big_tcp(next))
+		return parse_tcp(data, end, next + HOP_JUMBO, outbound, p);
 	return KIND_EXTENSION;
 }
 
