@@ -235,8 +235,10 @@ func (m *Machine) activeOuter(f *flow, s *packet.Segment) {
 	case s.Flags&packet.SYN == 0:
 		m.count(dropUnacceptable)
 	case f.phase == phasePlainSYN:
-		if o := readSYNOptions(s.Options()); o.enos == 0 && s.Flags&packet.ACK != 0 {
-			m.remember(f)
+		if o := readSYNOptions(s.Options()); o.enos != 0 {
+			m.peers.trust(&f.key)
+		} else if s.Flags&packet.ACK != 0 {
+			m.peers.suspect(&f.key, m.now, m.cfg.RememberFor)
 		}
 		m.bury(f, fatePlain)
 		m.passPlain(s, packet.FromOuter)
@@ -278,6 +280,7 @@ func (m *Machine) synAck(f *flow, s *packet.Segment) {
 		m.toPlain(f, s, packet.FromOuter, reason)
 		return
 	}
+	m.peers.trust(&f.key)
 	m.chosen(f, sub)
 	f.release = rewriteSYN(s, opts)
 	f.ecnOK = f.ecnSYN && s.Flags&(packet.ECE|packet.CWR) == packet.ECE

@@ -85,7 +85,7 @@ func New(cfg Config, random io.Reader) *Machine {
 	m := &Machine{
 		cfg: cfg, rand: random,
 		flows:  make(map[packet.Key]*flow),
-		peers:  peerMemory{until: make(map[peer]time.Duration)},
+		peers:  peerMemory{known: make(map[peer]standing)},
 		costly: cmp.Or(cfg.Limiter, NewLimiter()),
 		counts: make(map[string]uint64),
 	}

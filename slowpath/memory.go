@@ -120,23 +120,48 @@ type peer struct {
 
 // peerMemory remembers endpoints that are not offered ENO for a while.
 type peerMemory struct {
-	until map[peer]time.Duration
+	known map[peer]standing
 	order []peer // oldest first
 }
 
-func (p *peerMemory) add(k *packet.Key, until time.Duration) {
+// standing is what is held against an endpoint.
+type standing struct {
+	until   time.Duration // no offer before
+	suspect time.Duration // an offer that comes to nothing before this is the second in a row
+}
+
+func (p *peerMemory) set(k *packet.Key, s standing) {
 	e := peer{k.Remote, k.RPort}
-	if _, known := p.until[e]; !known {
+	if _, known := p.known[e]; !known {
 		if len(p.order) == maxPeers {
-			delete(p.until, p.order[0])
+			delete(p.known, p.order[0])
 			p.order = p.order[1:]
 		}
 		p.order = append(p.order, e)
 	}
-	p.until[e] = until
+	p.known[e] = s
+}
+
+func (p *peerMemory) add(k *packet.Key, until time.Duration) { p.set(k, standing{until: until}) }
+
+// suspect notes that only a SYN without ENO was answered. Once that may have been
+// chance; when it happens again within the time of d, it is held against the
+// endpoint for as long.
+func (p *peerMemory) suspect(k *packet.Key, now, d time.Duration) {
+	if now < p.known[peer{k.Remote, k.RPort}].suspect {
+		p.add(k, now+d)
+		return
+	}
+	p.set(k, standing{suspect: now + d})
+}
+
+// trust notes that an answer with ENO came.
+func (p *peerMemory) trust(k *packet.Key) {
+	if e := (peer{k.Remote, k.RPort}); p.known[e].suspect != 0 {
+		p.known[e] = standing{}
+	}
 }
 
 func (p *peerMemory) has(k *packet.Key, now time.Duration) bool {
-	until, known := p.until[peer{k.Remote, k.RPort}]
-	return known && now < until
+	return now < p.known[peer{k.Remote, k.RPort}].until
 }

@@ -375,11 +375,51 @@ func TestSYNCopies(t *testing.T) {
 	if fs := s.m.Flows(); len(fs) != 1 || fs[0].State != StatePlain || fs[0].Reason != ReasonSYNRetries {
 		t.Errorf("flows %+v", fs)
 	}
-	// The answer shows that ENO does not pass: the next connection goes without.
+	// The answer shows that ENO does not pass, or that the path loses packets.
 	s.outer(synack(nil))
 	s.wantKinds(SendInner, Undivert)
 	s.inner(tcp{seq: 99, flags: packet.SYN, wnd: 64240})
-	s.wantReport(StatePlain, ReasonRemembered)
+	s.wantReport(StateOffered, "")
+}
+
+// A path on which only the SYN without ENO was answered, twice in a row, is not
+// tried with ENO for a while. Once it may have been chance.
+func TestUnansweredOffers(t *testing.T) {
+	x := newScript(t, Config{})
+	seq := uint32(localISS)
+	open := func(lost bool) (plain bool) {
+		seq += 100
+		syn := tcp{seq: seq, flags: packet.SYN, wnd: 64240, opts: linuxSYN(1460, 11, 0)}
+		answer := synack(AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519}))
+		x.inner(syn)
+		if !hasENO(x.one(SendOuter).Options()) {
+			x.wantReport(StatePlain, ReasonRemembered)
+			return true
+		}
+		if lost {
+			for range 2 {
+				x.tick(time.Second)
+				x.inner(syn)
+			}
+			answer = synack(nil)
+		}
+		answer.ack = seq + 1
+		x.outer(answer)
+		x.inner(tcp{seq: seq + 1, flags: packet.RST})
+		x.tick(2 * DefaultTombstoneFor)
+		return false
+	}
+	for i, c := range []struct{ lost, plain bool }{{true, false}, {false, false}, {true, false}, {true, false}, {false, true}} {
+		if plain := open(c.lost); plain != c.plain {
+			t.Errorf("connection %d: plain %v", i, plain)
+		}
+	}
+	for i := range 3 { // the last time is long ago
+		x.tick(DefaultRememberFor)
+		if open(true) {
+			t.Errorf("connection %d after a while is plain", i)
+		}
+	}
 }
 
 // A late answer to the first SYN, after ENO was given up: plain, but ENO works.
@@ -1135,15 +1175,15 @@ func TestSharedLimit(t *testing.T) {
 
 // The memory of peers is bounded.
 func TestPeerMemory(t *testing.T) {
-	p := peerMemory{until: make(map[peer]time.Duration)}
+	p := peerMemory{known: make(map[peer]standing)}
 	var k packet.Key
 	for i := range 3 * maxPeers {
 		k.RPort, k.Remote[0] = uint16(i), byte(i>>16)
 		p.add(&k, time.Second)
 		p.add(&k, 2*time.Second)
 	}
-	if len(p.until) != maxPeers || len(p.order) != maxPeers {
-		t.Errorf("%d, %d entries", len(p.until), len(p.order))
+	if len(p.known) != maxPeers || len(p.order) != maxPeers {
+		t.Errorf("%d, %d entries", len(p.known), len(p.order))
 	}
 	if !p.has(&k, time.Second) || p.has(&k, 2*time.Second) {
 		t.Error("wrong time")
