@@ -70,6 +70,10 @@ func newBuffers(u *xdp.Umem, budget int) *buffers {
 // storage of queues is not refused to what has its bytes already.
 func (b *buffers) room() int { return b.budget - b.used - b.rings }
 
+// tight reports whether so little of the budget is left that it is for what has
+// little of it.
+func (b *buffers) tight() bool { return b.room() < b.budget/8 }
+
 // hold counts another user of the chunk that holds addr.
 func (b *buffers) hold(addr uint64) ref {
 	i := uint32(addr >> b.shift)

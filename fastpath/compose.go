@@ -125,6 +125,9 @@ func (e *Engine) innerWindow(f *flow) uint64 {
 			room = m
 		}
 	}
+	if e.buf.tight() {
+		room = min(room, bigSize-f.txBytes)
+	}
 	room = max(0, min(room, e.cfg.FlowBudget-f.txBytes, e.buf.room()/4))
 	flight := f.sealI - f.ackI
 	wnd := (flight + uint64(room)) >> f.remoteShift

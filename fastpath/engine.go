@@ -1129,7 +1129,7 @@ func (e *Engine) SetMTU(mtu int) {
 // begun: what is left is for those that there are.
 func (e *Engine) Pressed() bool {
 	b := e.buf
-	return b.room() < b.budget/8 || b.crowded() || e.umem.Available() == 0
+	return b.tight() || b.crowded() || e.umem.Available() == 0
 }
 
 // AbortAll ends every live flow with the given reason, and forgets those that have

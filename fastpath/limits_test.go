@@ -66,6 +66,35 @@ func TestClaimWithoutMemory(t *testing.T) {
 	}
 }
 
+// What the peers of some flows do not acknowledge must not take the memory that others
+// need to go on (T5).
+func TestMemoryForOthers(t *testing.T) {
+	r := newRig(t, rigConfig{peerWnd: 16 << 20, shift: 10, engine: EngineConfig{Memory: 1 << 20}})
+	want := content(0, 0, 1<<20)
+	// The windows that it was shown before let the inner stack send all of it.
+	for o, was := uint64(0), uint64(1); o != was; was, o = o, r.f.sealI {
+		r.inner(seg{o: int64(o), data: bytes.Clone(want[o:min(o+20000, 1<<20)]), gso: 1440})
+	}
+	if r.e.st.NoMemory == 0 {
+		t.Fatal("memory for everything")
+	}
+	c := r.c
+	c.port++
+	other := &rig{t: t, c: c, u: r.u, e: r.e, now: r.now, auto: true, autoWnd: uint64(c.innerWnd)}
+	other.install()
+	other.inner(seg{data: bytes.Clone(want[:30000]), gso: 1440})
+	if other.f.sealI != 30000 {
+		t.Errorf("with %d bytes of another flow retained, %d of 30000 are sent", r.f.txBytes, other.f.sealI)
+	}
+	// The one that has much may repeat what it wants.
+	o := int64(r.f.sealI)
+	before := r.f.txBytes
+	r.inner(seg{o: o, data: bytes.Clone(want[o : o+10000]), gso: 1440})
+	if r.f.txBytes != before {
+		t.Errorf("%d bytes more are retained of a flow that has %d", r.f.txBytes-before, before)
+	}
+}
+
 // Outer data for which there is no memory is not acknowledged, and taken when
 // it comes again and there is (T13).
 func TestReceiveWithoutMemory(t *testing.T) {

@@ -474,7 +474,7 @@ func (e *Engine) full(f *flow, n int, above bool) bool {
 		return true
 	}
 	// Under pressure each flow keeps what it needs to go on.
-	return need > bigSize && e.buf.crowded() && e.buf.room() < e.buf.budget/8
+	return need > bigSize && e.buf.crowded() && e.buf.tight()
 }
 
 // kept returns the number of received bytes that the inner stack has not

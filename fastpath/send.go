@@ -167,9 +167,15 @@ func (e *Engine) hold(f *flow, i uint64, buf []byte, gs int, flags uint8, urg ui
 // claim assigns frame offsets to inner data that starts at sealI, and takes
 // the memory that keeps the frames; it is the only place that does (T4). The
 // frames are sealed when the engine runs its vector of operations. When memory
-// is short the rest is dropped, and the inner stack will send it again.
+// is short the rest is dropped, and the inner stack will send it again. Flows that
+// have much of it do not get the last: it could take their peers a quarter of an
+// hour to be given up, and all others would wait (T5).
 func (e *Engine) claim(f *flow, buf []byte, src source, gs int, flags uint8, urg uint16) {
 	if f.finSealed {
+		return
+	}
+	if f.txBytes > bigSize && e.buf.tight() {
+		e.st.NoMemory++
 		return
 	}
 	n := len(buf) - 1
