@@ -644,7 +644,8 @@ func (e *Engine) outerSegment(f *flow, s *packet.Segment, src source) {
 	f.inner.Learn(s)
 	f.unheard = false
 	if n > 0 {
-		f.rcvMSS = max(f.rcvMSS, int(n))
+		// A device may have merged several segments.
+		f.rcvMSS = max(f.rcvMSS, min(int(n), f.inMSS))
 		if s.Flags&packet.CWR != 0 {
 			f.eceLatch = false
 			f.rxCWR = true
@@ -1041,7 +1042,8 @@ func (e *Engine) flushFlow(f *flow) {
 // ackOuter decides whether the peer gets an ACK now. In steady state the inner
 // stack's own ACKs set the pace; out of order, inside a frame, and when the
 // inner window is closed, the daemon follows TCP's rule of every second
-// segment (T1). For a while after a gap every segment is
+// segment (T1), and so it does when little of what came is data, of which the inner
+// stack would delay the ACK, or have none to send. For a while after a gap every segment is
 // acknowledged, as Linux does it: the peer's window may be a single segment then,
 // and the inner stack, which saw no gap, would delay the ACK of it.
 func (e *Engine) ackOuter(f *flow) {
@@ -1052,7 +1054,7 @@ func (e *Engine) ackOuter(f *flow) {
 	partial := uint64(f.hdrN + f.asmHave)
 	now := f.ackNow || f.innerAcks && (un > 0 || opened)
 	now = now || min(un, partial) >= 2*mss
-	now = now || un >= 2*mss && (f.sntI < f.dlvI || !f.innerUp)
+	now = now || un >= 2*mss && (f.sntI < f.dlvI || !f.innerUp || f.meanIn < smallFrame || 2*(f.sntI-f.innerAck) < un)
 	now = now || opened && partial > 0
 	now = now || un > 0 && f.quickAcks > 0
 	f.innerAcks = false

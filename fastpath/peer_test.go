@@ -225,6 +225,37 @@ func TestAckScheduleInsideFrame(t *testing.T) {
 	}
 }
 
+// Every second segment is acknowledged, too, when little or nothing of it is for the
+// inner stack, and when a device has merged the ones before.
+func TestAckScheduleOfSmallFrames(t *testing.T) {
+	for _, size := range []int{0, 1, 60} {
+		r := newRig(t, rigConfig{})
+		r.auto = false // it delays its ACK
+		o, last := int64(0), int64(0)
+		next := func(n int) {
+			var b []byte
+			for len(b) < n {
+				b = append(b, r.seal(0, make([]byte, size))...)
+			}
+			r.outer(seg{o: o, data: b})
+			o += int64(len(b))
+		}
+		next(9000)
+		for i := range 10 {
+			next(1440)
+			for _, a := range r.acks() {
+				last = max(last, a)
+			}
+			if behind := o - last; i > 0 && behind > 2*1460 {
+				t.Errorf("frames of %d bytes, segment %d: %d bytes are not acknowledged", size, i, behind)
+			}
+		}
+		if n := len(r.outs); n > 11 {
+			t.Errorf("frames of %d bytes: %d ACKs of 11 segments", size, n)
+		}
+	}
+}
+
 // --- frames that are not right ---
 
 func TestBadFrames(t *testing.T) {

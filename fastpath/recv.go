@@ -16,6 +16,10 @@ const (
 	quickAcks  = 16   // ACKs sent at once after a gap or a duplicate
 	smallPiece = 512  // plaintext below this is packed into slabs
 
+	// smallFrame is how many bytes of data frames have when the inner stack, which
+	// sees nothing of the rest, acknowledges too seldom for the peer.
+	smallFrame = 4 * overhead
+
 	// maxFrameRoom bounds what a window is enlarged by for the overhead of
 	// frames: it is part of what may go beyond the inner stack's window.
 	maxFrameRoom = bigSize / 2
