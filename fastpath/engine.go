@@ -1063,6 +1063,9 @@ func (e *Engine) ackOuter(f *flow) {
 		if un > 0 && f.quickAcks > 0 {
 			f.quickAcks--
 		}
+	if f.state != flowLive {
+		return
+	}
 		e.sendOuterAck(f, f.sentO)
 	case un > 0 && f.timers[timerAck] == 0:
 		e.arm(f, timerAck, e.now+delayedAck)

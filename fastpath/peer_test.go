@@ -480,6 +480,9 @@ func TestEndOfStream(t *testing.T) {
 			b := append(r.seal(crypto.FlagFIN, data), r.seal(0, data)...)
 			r.outer(seg{o: 0, data: b})
 		}}, 0, ReasonDataAfterFINp, false, 500},
+		{"part of a frame between FINp and FIN", []step{fin(0, crypto.FlagFIN, data), func(r *rig) {
+			r.outer(seg{o: int64(r.sealed), data: make([]byte, 2), flags: packet.FIN})
+		}}, 0, ReasonDataAfterFINp, true, 500},
 		{"second FINp", []step{fin(0, crypto.FlagFIN, data), fin(packet.FIN, crypto.FlagFIN, nil)}, 0, ReasonDataAfterFINp, true, 500},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -501,6 +501,11 @@ func (e *Engine) outerFin(f *flow) {
 	if !f.peerFin || f.finTaken || f.nxtO != f.peerFinO {
 		return
 	}
+	if f.finp && f.hdrN+f.asmHave > 0 {
+		// The peer says itself that what it began is not to be finished.
+		e.abort(f, ReasonDataAfterFINp)
+		return
+	}
 	if f.finp {
 		f.nxtO++
 		f.finTaken = true
