@@ -27,10 +27,16 @@ const (
 	// stack had sent before it heard of a reset has come out of its queue: it
 	// would pass for the new connection's. One that is negotiated gives nothing
 	// of the local stack's out before that has answered the SYN.
-	resetQuiet  = 500 * time.Millisecond
-	manyLinger  = 1 << 16
-	maxCtlTries = 8
-	ctlSize     = 512 // most control bytes of a segment that is sent again
+	resetQuiet = 500 * time.Millisecond
+	manyLinger = 1 << 16
+
+	// Control bytes are sent again as often as Linux sends data again, a quarter of
+	// an hour: an outage that plain TCP survives ends no flow. An Init message that
+	// was never acknowledged is given up earlier.
+	maxCtlTries  = 15
+	maxCtlRTO    = 120 * time.Second
+	maxInitTries = 9
+	ctlSize      = 512 // most control bytes of a segment that is sent again
 
 	// minOutMSS keeps an absurd MTU from cutting segments to nothing.
 	minOutMSS = 88
@@ -1063,9 +1069,9 @@ func (e *Engine) ackOuter(f *flow) {
 		if un > 0 && f.quickAcks > 0 {
 			f.quickAcks--
 		}
-	if f.state != flowLive {
-		return
-	}
+		if f.state != flowLive {
+			return
+		}
 		e.sendOuterAck(f, f.sentO)
 	case un > 0 && f.timers[timerAck] == 0:
 		e.arm(f, timerAck, e.now+delayedAck)
@@ -1101,10 +1107,15 @@ func (e *Engine) fire(f *flow, which int) {
 		}
 		// How long a probe of the inner stack may go unanswered is for the
 		// inner stack to decide.
-		if f.ctlRTO > minRTO<<maxCtlTries && !f.verifying {
+		tries := maxCtlTries
+		if f.unaO < f.initO {
+			tries = maxInitTries
+		}
+		if f.ctlTries >= tries && !f.verifying {
 			e.abort(f, ReasonPeerSilent)
 			return
 		}
+		f.ctlTries++
 		e.runSeal()
 		// The path may swallow large segments, and nobody else finds out with
 		// these bytes. Once that may be so, each loss that began with a large
@@ -1116,7 +1127,7 @@ func (e *Engine) fire(f *flow, which int) {
 		}
 		var h packet.Header
 		e.xmit(f, &h, f.recByOuter(from), from, to, size, false, true)
-		f.ctlRTO = min(2*f.ctlRTO, minRTO<<(maxCtlTries+1))
+		f.ctlRTO = min(2*f.ctlRTO, maxCtlRTO)
 		e.arm(f, timerCtl, e.now+f.ctlRTO)
 	}
 }

@@ -124,16 +124,17 @@ type flow struct {
 	bytesIn, bytesOut, framesIn, framesOut uint64
 
 	// What is looked at in nearly every packet, if only to find nothing.
-	initO   uint64 // end of the Init message that this side sent
-	pmtu    int
-	holdRTO time.Duration
-	ctlRTO  time.Duration
-	rtt     time.Duration
-	backlog []backlogged // inner data above sealI (T7)
-	ooo     []oooSeg     // sorted, disjoint, above nxtO
-	runs    []run        // the same, as runs for SACK
-	dsack   run
-	stamp   uint32
+	initO    uint64 // end of the Init message that this side sent
+	pmtu     int
+	holdRTO  time.Duration
+	ctlRTO   time.Duration
+	ctlTries int // how often control bytes were sent again since ctlRTO began anew
+	rtt      time.Duration
+	backlog  []backlogged // inner data above sealI (T7)
+	ooo      []oooSeg     // sorted, disjoint, above nxtO
+	runs     []run        // the same, as runs for SACK
+	dsack    run
+	stamp    uint32
 
 	// --- what few packets need ---
 	asmRef   ref

@@ -1441,6 +1441,25 @@ func TestRekeyAnswerRetransmission(t *testing.T) {
 }
 
 // A probe of the peer's window, which waits for that very window, leaves the answer
+// An outage of ten minutes, which data would survive, ends no flow of which an
+// answer was not acknowledged. A peer that is gone is given up.
+func TestOutageWithControlBytes(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.outer(seg{data: r.sealWith(crypto.ControlRekey, 0, nil), ack: -1})
+	r.advance(10 * time.Minute)
+	r.forget()
+	r.advance(3 * time.Minute)
+	if r.ended() != "" || len(withData(r.outs)) == 0 {
+		t.Fatalf("ended %q, %d segments", r.ended(), len(r.outs))
+	}
+	r.outer(seg{o: int64(r.sealed)})
+	o := int64(r.sealed)
+	r.outer(seg{o: o, data: r.sealWith(crypto.ControlRekey, 0, nil), ack: int64(r.f.unaO)})
+	r.advance(time.Hour)
+	r.wantEnded(ReasonPeerSilent)
+	r.gone()
+}
+
 // before it to this side.
 func TestRekeyAnswerBeforeProbe(t *testing.T) {
 	r := newRig(t, rigConfig{peerWnd: 25})

@@ -67,7 +67,7 @@ func (e *Engine) rekey(f *flow) bool {
 	if !e.sealFrame(f, nil, source{}, 0, -1, true) {
 		return false
 	}
-	f.ctlRTO = max(minRTO, 3*f.rtt)
+	f.ctlRTO, f.ctlTries = max(minRTO, 3*f.rtt), 0
 	e.touch(f)
 	return true
 }

@@ -503,7 +503,7 @@ func (e *Engine) control(f *flow) {
 		if !e.sealFrame(f, nil, source{}, 0, -1, true) {
 			return
 		}
-		f.ctlRTO = max(minRTO, 3*f.rtt)
+		f.ctlRTO, f.ctlTries = max(minRTO, 3*f.rtt), 0
 	}
 }
 
@@ -556,7 +556,7 @@ func (e *Engine) ackedBy(f *flow, a uint64) {
 		f.ackI = i
 		f.ackDueI = true
 	}
-	f.ctlRTO = max(minRTO, 3*f.rtt)
+	f.ctlRTO, f.ctlTries = max(minRTO, 3*f.rtt), 0
 	if _, _, ok := f.controlOutstanding(); ok {
 		e.arm(f, timerCtl, e.now+f.ctlRTO)
 	} else {
