@@ -36,7 +36,13 @@ const (
 	maxCtlTries  = 15
 	maxCtlRTO    = 120 * time.Second
 	maxInitTries = 9
-	ctlSize      = 512 // most control bytes of a segment that is sent again
+
+	// A local stack can give a connection up without a word: it does so with an
+	// end of stream that nobody acknowledges, and with one that was never answered.
+	// Each flow is looked at once in patrolEvery, a part of them at a time.
+	patrolEvery = 5 * time.Minute
+	patrolStep  = 10 * time.Second
+	ctlSize     = 512 // most control bytes of a segment that is sent again
 
 	// minOutMSS keeps an absurd MTU from cutting segments to nothing.
 	minOutMSS = 88
@@ -183,8 +189,12 @@ type Engine struct {
 	pieces ringPool[piece]
 	trimAt time.Duration // when the pools of queues let go of what is too much
 	timers timerHeap
-	now    time.Duration
-	st     EngineStats
+
+	patrolAt  time.Duration
+	patrolled int // the slot of the table to look at next
+
+	now time.Duration
+	st  EngineStats
 
 	dirty    []*flow
 	open     []crypto.OpenOp
@@ -1001,7 +1011,34 @@ func (e *Engine) flush() {
 		e.pieces.trim()
 		e.trimAt = e.now + trimInterval
 	}
+	if e.now >= e.patrolAt {
+		e.patrol()
+		e.patrolAt = e.now + patrolStep
+	}
 	e.mark(StageEmit)
+}
+
+// patrol looks at the next part of the flows.
+func (e *Engine) patrol() {
+	for range e.tab.size()/int(patrolEvery/patrolStep) + 1 {
+		if f := e.tab.at(e.patrolled); f != nil && f.state == flowLive {
+			e.lookAfter(f)
+		}
+		e.patrolled++
+	}
+}
+
+// lookAfter asks the inner stack for a sign of life when it should have something
+// to say of a flow in which nothing has happened since the last time: if its socket
+// is gone it answers with a reset, and the flow does not stay for ever.
+func (e *Engine) lookAfter(f *flow) {
+	if seen := f.nxtO + f.innerAck + f.sealI; seen != f.seen {
+		f.seen = seen
+		return
+	}
+	if f.innerUp && (f.finSealed || f.ackI < f.sealI) {
+		e.probeInner(f)
+	}
 }
 
 func (e *Engine) flushFlow(f *flow) {
@@ -1021,6 +1058,9 @@ func (e *Engine) flushFlow(f *flow) {
 		}
 	}
 	e.outerFin(f)
+	if f.state != flowLive {
+		return
+	}
 	e.deliver(f)
 	e.ackOuter(f)
 	if f.ackMustI && f.innerUp {
@@ -1068,9 +1108,6 @@ func (e *Engine) ackOuter(f *flow) {
 	case now:
 		if un > 0 && f.quickAcks > 0 {
 			f.quickAcks--
-		}
-		if f.state != flowLive {
-			return
 		}
 		e.sendOuterAck(f, f.sentO)
 	case un > 0 && f.timers[timerAck] == 0:

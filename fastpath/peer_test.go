@@ -1418,6 +1418,25 @@ func TestPeerSilent(t *testing.T) {
 	r.gone()
 }
 
+// An outage of ten minutes, which data would survive, ends no flow of which an
+// answer was not acknowledged. A peer that is gone is given up.
+func TestOutageWithControlBytes(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.outer(seg{data: r.sealWith(crypto.ControlRekey, 0, nil), ack: -1})
+	r.advance(10 * time.Minute)
+	r.forget()
+	r.advance(3 * time.Minute)
+	if r.ended() != "" || len(withData(r.outs)) == 0 {
+		t.Fatalf("ended %q, %d segments", r.ended(), len(r.outs))
+	}
+	r.outer(seg{o: int64(r.sealed)})
+	o := int64(r.sealed)
+	r.outer(seg{o: o, data: r.sealWith(crypto.ControlRekey, 0, nil), ack: int64(r.f.unaO)})
+	r.advance(time.Hour)
+	r.wantEnded(ReasonPeerSilent)
+	r.gone()
+}
+
 // A lost rekey-only frame is resent by the daemon's timer.
 func TestRekeyAnswerRetransmission(t *testing.T) {
 	r := newRig(t, rigConfig{})
@@ -1441,25 +1460,6 @@ func TestRekeyAnswerRetransmission(t *testing.T) {
 }
 
 // A probe of the peer's window, which waits for that very window, leaves the answer
-// An outage of ten minutes, which data would survive, ends no flow of which an
-// answer was not acknowledged. A peer that is gone is given up.
-func TestOutageWithControlBytes(t *testing.T) {
-	r := newRig(t, rigConfig{})
-	r.outer(seg{data: r.sealWith(crypto.ControlRekey, 0, nil), ack: -1})
-	r.advance(10 * time.Minute)
-	r.forget()
-	r.advance(3 * time.Minute)
-	if r.ended() != "" || len(withData(r.outs)) == 0 {
-		t.Fatalf("ended %q, %d segments", r.ended(), len(r.outs))
-	}
-	r.outer(seg{o: int64(r.sealed)})
-	o := int64(r.sealed)
-	r.outer(seg{o: o, data: r.sealWith(crypto.ControlRekey, 0, nil), ack: int64(r.f.unaO)})
-	r.advance(time.Hour)
-	r.wantEnded(ReasonPeerSilent)
-	r.gone()
-}
-
 // before it to this side.
 func TestRekeyAnswerBeforeProbe(t *testing.T) {
 	r := newRig(t, rigConfig{peerWnd: 25})
@@ -1926,6 +1926,44 @@ func TestInnerReset(t *testing.T) {
 		t.Errorf("inner resets %+v", rs)
 	}
 	r.gone()
+}
+
+// The local stack gives up an end of stream that nobody acknowledges or answers,
+// and data that nobody acknowledges, without a word: the flow goes with its socket.
+func TestSocketGoneSilently(t *testing.T) {
+	for name, c := range map[string]struct {
+		leave func(r *rig)
+		asked bool
+	}{
+		"end of stream, not answered":     {func(r *rig) { r.inner(seg{flags: packet.FIN}); r.outer(seg{}) }, true},
+		"end of stream, not acknowledged": {func(r *rig) { r.inner(seg{flags: packet.FIN}) }, true},
+		"data, not acknowledged":          {func(r *rig) { r.inner(seg{data: content(0, 0, 100)}) }, true},
+		"idle":                            {func(r *rig) { r.inner(seg{data: content(0, 0, 100)}); r.outer(seg{}) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, rigConfig{})
+			c.leave(r)
+			r.forget()
+			r.advance(2*patrolEvery + patrolStep)
+			if (len(r.ins) > 0) != c.asked || len(r.ins) > 2 {
+				t.Fatalf("%d packets inward in two rounds", len(r.ins))
+			}
+			if !c.asked {
+				return
+			}
+			if p := r.ins[0]; p.Len() != 0 || p.o != -1 || p.Flags != packet.ACK {
+				t.Errorf("asks with %s", segText(p.Frame))
+			}
+			// One that lives says so, and goes on.
+			r.inner(seg{o: int64(r.f.sealI)})
+			if r.ended() != "" {
+				t.Fatalf("ended by %q", r.ended())
+			}
+			r.inner(seg{o: int64(r.f.ackI), flags: packet.RST, noAck: true})
+			r.wantEnded(ReasonLocalReset)
+			r.gone()
+		})
+	}
 }
 
 // A copy of the handshake's segment gets the release again (T18).

@@ -171,6 +171,18 @@ func (t *table) remove(f *flow) {
 	}
 }
 
+// size returns the number of slots.
+func (t *table) size() int { return len(t.slots) + len(t.old) }
+
+// at returns the flow in slot i, which counts on from the first slot again behind
+// the last one, or nil.
+func (t *table) at(i int) *flow {
+	if i %= t.size(); i < len(t.slots) {
+		return t.slots[i].f
+	}
+	return t.old[i-len(t.slots)].f
+}
+
 // each calls fn for every flow; fn must not change the table.
 func (t *table) each(fn func(*flow)) {
 	for _, slots := range [...][]slot{t.slots, t.old} {

@@ -97,14 +97,17 @@ func (e *Engine) arm(f *flow, which int, at time.Duration) {
 func (f *flow) disarm(which int) { f.timers[which] = 0 }
 
 // Deadline returns when Tick wants to be called next.
-func (e *Engine) Deadline() (time.Duration, bool) {
-	if e.buf.rings > trimFloor && (len(e.timers.h) == 0 || e.trimAt < e.timers.h[0].at) {
-		return e.trimAt, true
+func (e *Engine) Deadline() (at time.Duration, ok bool) {
+	if len(e.timers.h) > 0 {
+		at, ok = e.timers.h[0].at, true
 	}
-	if len(e.timers.h) == 0 {
-		return 0, false
+	if e.buf.rings > trimFloor && (!ok || e.trimAt < at) {
+		at, ok = e.trimAt, true
 	}
-	return e.timers.h[0].at, true
+	if e.tab.n > 0 && (!ok || e.patrolAt < at) {
+		at, ok = e.patrolAt, true
+	}
+	return at, ok
 }
 
 // Tick runs the timers that are due at now, and flushes what they caused.

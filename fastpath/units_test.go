@@ -147,7 +147,7 @@ func TestTableWraps(t *testing.T) {
 // Timers are held against the times that each flow should fire at.
 func TestTimers(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 3))
-	e := &Engine{buf: &buffers{}}
+	e := &Engine{tab: newTable(), buf: &buffers{}}
 	var h timerHeap
 	fs := make([]*flow, 200)
 	for i := range fs {
