@@ -42,7 +42,11 @@ const (
 	// Each flow is looked at once in patrolEvery, a part of them at a time.
 	patrolEvery = 5 * time.Minute
 	patrolStep  = 10 * time.Second
-	ctlSize     = 512 // most control bytes of a segment that is sent again
+
+	// pawsIdle is how long a flow must have been idle for the peer's last timestamp
+	// to say nothing any more (RFC 7323 section 5.5).
+	pawsIdle = 24 * 24 * time.Hour
+	ctlSize  = 512 // most control bytes of a segment that is sent again
 
 	// minOutMSS keeps an absurd MTU from cutting segments to nothing.
 	minOutMSS = 88
@@ -615,7 +619,7 @@ func (e *Engine) outerSegment(f *flow, s *packet.Segment, src source) {
 		}
 		return
 	}
-	if f.tsOK && s.HasTS && packet.SeqDiff(s.TSval, f.tsRemote) < 0 {
+	if f.tsOK && s.HasTS && packet.TSOlder(s.TSval, f.tsRemote) && f.still < int(pawsIdle/patrolEvery) {
 		e.st.PAWS++
 		if n > 0 {
 			e.challenge(f)
@@ -1033,9 +1037,10 @@ func (e *Engine) patrol() {
 // is gone it answers with a reset, and the flow does not stay for ever.
 func (e *Engine) lookAfter(f *flow) {
 	if seen := f.nxtO + f.innerAck + f.sealI; seen != f.seen {
-		f.seen = seen
+		f.seen, f.still = seen, 0
 		return
 	}
+	f.still++
 	if f.innerUp && (f.finSealed || f.ackI < f.sealI) {
 		e.probeInner(f)
 	}

@@ -151,7 +151,8 @@ type flow struct {
 	resendAt, stallAt time.Duration
 	stallO            uint64
 
-	seen uint64 // what was received and sent when Engine.lookAfter last saw news
+	seen  uint64 // what was received and sent when Engine.lookAfter last saw news
+	still int    // how often it saw none since
 
 	born      time.Duration
 	ended     time.Duration // when it left the live state

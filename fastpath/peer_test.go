@@ -823,6 +823,29 @@ func TestPAWS(t *testing.T) {
 	r.wantEnded(ReasonPeerReset)
 }
 
+// A timestamp of 0 in the SYN, and one of long ago, say nothing about the next.
+func TestTimestampsThatDoNotCount(t *testing.T) {
+	for _, idle := range []bool{false, true} {
+		r := newRig(t, rigConfig{ts: true})
+		r.outer(seg{data: r.seal(0, []byte("a"))})
+		if idle {
+			r.advance(pawsIdle + 2*patrolEvery)
+		} else {
+			r.f.tsRemote = 0
+		}
+		r.peerTS += 3 << 30
+		r.outer(seg{o: 21, data: r.seal(0, []byte("b"))})
+		if string(r.got) != "ab" || r.f.tsRemote != r.peerTS {
+			t.Errorf("idle %v: delivered %q, newest timestamp %d, want %d", idle, r.got, r.f.tsRemote, r.peerTS)
+		}
+		r.advance(patrolEvery)
+		r.outer(seg{o: 42, data: r.seal(0, []byte("c")), ts: r.peerTS - 1})
+		if string(r.got) != "ab" {
+			t.Errorf("idle %v: after that, an old timestamp is taken", idle)
+		}
+	}
+}
+
 func TestBeyondWindow(t *testing.T) {
 	r := newRig(t, rigConfig{innerWnd: 2000})
 	b := r.seal(0, content(0, 0, 5000))

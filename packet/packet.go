@@ -391,3 +391,9 @@ func WalkOptions(o []byte, fn func(opt []byte) bool) error {
 
 // SeqDiff returns a-b as a signed distance in sequence space.
 func SeqDiff(a, b uint32) int32 { return int32(a - b) }
+
+// TSOlder reports whether a timestamp is older than recent, the newest one of the
+// same host's, so that its segment is an old duplicate (RFC 7323 section 5). After
+// 0 none is: some stacks have that in their SYN, whatever their clock says next,
+// and Linux makes the same exception.
+func TSOlder(tsval, recent uint32) bool { return recent != 0 && SeqDiff(tsval, recent) < 0 }

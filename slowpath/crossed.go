@@ -71,7 +71,7 @@ func (m *Machine) crossedOuter(f *flow, s *packet.Segment) {
 			m.resendSYNACK(f)
 		}
 	case s.Flags&packet.ACK == 0, s.Ack != f.iss+1,
-		f.tsOK && s.HasTS && packet.SeqDiff(s.TSval, f.tsRemote) < 0,
+		f.tsOK && s.HasTS && packet.TSOlder(s.TSval, f.tsRemote),
 		isSYNACK && s.Seq != f.irs,
 		!isSYNACK && (s.Flags&packet.SYN != 0 || off < 0 || off > f.rxEdge),
 		s.Flags&packet.RST != 0:

@@ -73,7 +73,7 @@ func (m *Machine) exchange(f *flow, s *packet.Segment) {
 		m.count(dropUnacceptable)
 		m.challenge(f)
 		return
-	case f.tsOK && s.HasTS && packet.SeqDiff(s.TSval, f.tsRemote) < 0,
+	case f.tsOK && s.HasTS && packet.TSOlder(s.TSval, f.tsRemote),
 		off > f.rxEdge, off+n < next:
 		m.count(dropUnacceptable)
 		m.challenge(f)

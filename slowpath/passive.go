@@ -338,7 +338,7 @@ func (m *Machine) answeredOuter(f *flow, s *packet.Segment) {
 		m.count(dropUnacceptable)
 		return
 	case s.Flags&packet.SYN != 0, !inWindow,
-		f.tsOK && s.HasTS && packet.SeqDiff(s.TSval, f.tsRemote) < 0:
+		f.tsOK && s.HasTS && packet.TSOlder(s.TSval, f.tsRemote):
 		m.count(dropUnacceptable)
 		m.challenge(f)
 		return
