@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -29,9 +30,15 @@ func newBenchCommand() *cobra.Command {
 	}
 	var engine string
 	engineFlag(cmd.PersistentFlags(), &engine)
-	cmd.PersistentPreRunE = func(*cobra.Command, []string) error {
+	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if err := useEngine(engine); err != nil {
 			return err
+		}
+		if save := cmd.Flags().Lookup("save"); save != nil && save.Value.String() != "" {
+			// Not only after minutes of measuring.
+			if _, err := os.Stat(filepath.Dir(save.Value.String())); err != nil {
+				return fmt.Errorf("save: %w", err)
+			}
 		}
 		// For the daemons that some suites start.
 		return os.Setenv(crypto.EngineEnv, crypto.EngineName())

@@ -103,7 +103,7 @@ func controlError(err error) error {
 }
 
 func inUse(path string) error {
-	return fmt.Errorf("control: a daemon already answers at %s: give this one (in another network namespace?) a path of its own with --control", path)
+	return fmt.Errorf("control: a daemon already answers at %s: give this one (for another interface or network namespace?) a path of its own with --control", path)
 }
 
 // lockSocket takes the lock beside the socket, without which two daemons that
@@ -411,6 +411,8 @@ func dialControl(path string) (*net.UnixConn, error) {
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			hint = ": tcpcrypt run starts one, --control names the socket of another"
+		case errors.Is(err, syscall.ECONNREFUSED):
+			hint = ": the one that made it has ended, tcpcrypt run starts another"
 		case errors.Is(err, fs.ErrPermission):
 			hint = ": only root may ask it"
 		}
