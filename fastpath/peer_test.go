@@ -1967,7 +1967,7 @@ func TestSocketGoneSilently(t *testing.T) {
 			r := newRig(t, rigConfig{})
 			c.leave(r)
 			r.forget()
-			r.advance(2*patrolEvery + patrolStep)
+			r.advance(3 * patrolEvery)
 			if (len(r.ins) > 0) != c.asked || len(r.ins) > 2 {
 				t.Fatalf("%d packets inward in two rounds", len(r.ins))
 			}
