@@ -846,6 +846,32 @@ func TestTimestampsThatDoNotCount(t *testing.T) {
 	}
 }
 
+// What waits above a gap when the inner stack takes its window back, as Linux does
+// with tcp_shrink_window, must not keep out what fills the gap.
+func TestGapFilledAfterShrink(t *testing.T) {
+	r := newRig(t, rigConfig{innerWnd: 1 << 20, shift: 7})
+	b := r.seal(0, content(1, 0, 1000))
+	var rest []byte
+	for k := uint64(1000); k < 201000; k += 1000 {
+		rest = append(rest, r.seal(0, content(1, k, 1000))...)
+	}
+	for k := 0; k < len(rest); k += 1460 {
+		r.outer(seg{o: int64(len(b) + k), data: rest[k:min(k+1460, len(rest))]})
+	}
+	if r.f.oooBytes != len(rest) {
+		t.Fatalf("%d of %d bytes wait", r.f.oooBytes, len(rest))
+	}
+	r.autoWnd = 3000
+	r.inner(seg{wnd: 3000 >> 7})
+	r.outer(seg{o: 0, data: b})
+	for range 100 {
+		r.advance(maxInnerRTO)
+	}
+	if !bytes.Equal(r.got, content(1, 0, 201000)) {
+		t.Errorf("delivered %d of 201000 bytes", len(r.got))
+	}
+}
+
 func TestBeyondWindow(t *testing.T) {
 	r := newRig(t, rigConfig{innerWnd: 2000})
 	b := r.seal(0, content(0, 0, 5000))

@@ -461,20 +461,17 @@ func (e *Engine) full(f *flow, n int, above bool) bool {
 		return true
 	}
 	kept := f.kept() + n
-	// Beyond the inner stack's window there is one frame, and what the unit
-	// of the window field adds.
-	beyond := int64(f.innerAck) + int64(kept) - int64(f.innerEdge)
-	most := bigSize + int64(2)<<f.localShift
-	if above {
-		most -= bigSize / 2
-	}
-	if kept > e.cfg.FlowBudget || beyond > most {
+	if kept > e.cfg.FlowBudget || above && kept > e.cfg.FlowBudget-bigSize {
 		return true
 	}
 	need := kept
 	if !above {
 		need -= f.oooBytes
-	} else if kept > e.cfg.FlowBudget-bigSize {
+	}
+	// Beyond the inner stack's window there is one frame, and what the unit
+	// of the window field adds.
+	beyond := int64(f.innerAck) + int64(need) - int64(f.innerEdge)
+	if beyond > bigSize+int64(2)<<f.localShift {
 		return true
 	}
 	// Under pressure each flow keeps what it needs to go on.
