@@ -123,7 +123,7 @@ func (l *lately) has(k packet.Key, now time.Duration) bool {
 
 // stalled tells that the worker did not run for the given time.
 func (s *slowSide) stalled(gap time.Duration) {
-	s.m.Stalled()
+	s.m.Stalled(gap)
 	s.waiting = slices.DeleteFunc(s.waiting, func(ev Event) bool { return s.tooOld(&ev) })
 	if gap >= beatStale {
 		s.h.log.Warn("the daemon was stopped or starved; new connections were not encrypted meanwhile", "for", gap.Round(time.Millisecond).String())

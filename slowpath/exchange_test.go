@@ -360,7 +360,7 @@ func TestZeroWindow(t *testing.T) {
 	}
 }
 
-// Init1 is sent again, with ENO and twice the pause each time, until the
+// Init1 is sent again, with ENO and twice the pause at first, until the
 // deadline; then both sides are reset and the peer is remembered (T19).
 func TestActiveTimeout(t *testing.T) {
 	s := newScript(t, Config{})
@@ -368,7 +368,7 @@ func TestActiveTimeout(t *testing.T) {
 	s.now += 100 * time.Millisecond
 	s.outer(synack(AppendAnswer(nil, 0, Suboption{TEP: crypto.TEPX25519})))
 	start, first := s.now, s.payload()
-	pauses := []time.Duration{300, 600, 1200}
+	pauses := []time.Duration{300, 600, 800, 800}
 	last := start
 	for i := 0; ; i++ {
 		at, _ := s.m.Deadline()
@@ -417,7 +417,12 @@ func TestActiveTimeoutStalled(t *testing.T) {
 	if k := s.m.seg.Key; !s.m.Opens(k) {
 		t.Errorf("%v is not half-open", k)
 	}
-	s.m.Stalled()
+	// It begins where it was interrupted.
+	s.m.Stalled(DefaultDeadline)
+	s.tick(DefaultDeadline)
+	if s.m.Len() != 1 {
+		t.Fatalf("ended by a stall of this host: %+v", s.acts)
+	}
 	s.tick(DefaultDeadline)
 	s.wantReport(StateFailed, ReasonTimeout)
 	s.tick(2 * DefaultTombstoneFor)

@@ -279,12 +279,12 @@ func (m *Machine) arm(f *flow) {
 }
 
 // retransmit sends the unacknowledged part of the Init message again, and
-// waits twice as long (RFC 6298 section 5).
+// waits twice as long at first (RFC 6298 section 5).
 func (m *Machine) retransmit(f *flow) {
 	m.count(countRetransmits)
 	f.nxt = f.una
 	m.pump(f, true)
-	f.rto = min(2*f.rto, maxRTO)
+	f.rto = max(f.rto, min(2*f.rto, backoffRTO))
 	m.arm(f)
 }
 

@@ -27,6 +27,7 @@ const (
 	minRTO          = 200 * time.Millisecond
 	maxRTO          = 3 * time.Second
 	initialRTO      = time.Second
+	backoffRTO      = 800 * time.Millisecond // the exchange backs off no further: its time is short
 	offerIdle       = 10 * time.Second       // a SYN without an answer is given up
 	answerIdle      = 40 * time.Second       // longer than any pause between SYN-ACK copies of Linux
 	answerPressed   = 4 * time.Second        // the same when an eighth of MaxHalfOpen is used
@@ -234,11 +235,15 @@ func (m *Machine) Drop(k packet.Key) {
 // Opens reports whether the flow k is half-open.
 func (m *Machine) Opens(k packet.Key) bool { return m.flows[k] != nil }
 
-// Stalled tells that the Machine was given nothing for a while although peers
-// may have answered: an exchange that times out by it is not held against them.
-func (m *Machine) Stalled() {
+// Stalled tells that the Machine was given nothing for the time of gap although
+// peers may have answered: their time to do so begins where it was interrupted, and
+// an exchange that times out is not held against them.
+func (m *Machine) Stalled(gap time.Duration) {
 	for _, f := range m.flows {
 		f.excused = true
+		f.expires += gap
+		f.latest += gap
+		m.timers.schedule(f)
 	}
 }
 
