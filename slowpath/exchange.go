@@ -133,10 +133,12 @@ func (m *Machine) acknowledged(f *flow, ack, wnd int) {
 	if ack < f.una || ack == f.una && edge == f.edge {
 		return
 	}
+	// What went beyond the window was a probe. Where it was not acknowledged it
+	// was not taken.
+	f.nxt = max(min(f.nxt, f.edge), ack)
 	f.edge = edge
 	progress := ack > f.una
 	f.una = ack
-	f.nxt = max(f.nxt, ack)
 	if m.pump(f, false) || progress {
 		m.arm(f)
 	}

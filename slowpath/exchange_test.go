@@ -358,6 +358,23 @@ func TestZeroWindow(t *testing.T) {
 	if p := s.one(SendOuter); p.Len() != 1 {
 		t.Fatalf("probe of %d bytes", p.Len())
 	}
+	// A peer that says so may stay shut for longer than one that says nothing.
+	shut := s.data(0, 0, nil)
+	shut.wnd = 0
+	for start := s.now; s.now-start < 2*DefaultDeadline; {
+		s.outer(shut)
+		at, _ := s.m.Deadline()
+		s.tick(at - s.now)
+		if p := s.one(SendOuter); p.Len() != 1 {
+			t.Fatalf("probe of %d bytes", p.Len())
+		}
+	}
+	s.outer(s.data(0, 0, nil))
+	if b := s.payload(); len(b) != 79 {
+		t.Errorf("%d bytes sent when it opened", len(b))
+	} else if _, err := crypto.ParseInit1(crypto.TEPX25519, b); err != nil {
+		t.Error(err)
+	}
 }
 
 // Init1 is sent again, with ENO and twice the pause at first, until the
