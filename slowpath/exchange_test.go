@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -275,6 +276,20 @@ func TestSplitInit(t *testing.T) {
 			t.Errorf("seed %d: %d bytes still counted", seed, s.m.rxHeld)
 		}
 	}
+}
+
+// Of two segments that differ where they overlap the first one counts.
+func TestOverlappingInit(t *testing.T) {
+	s := newScript(t, Config{})
+	s.passive(crypto.TEPP256)
+	msg := s.init1(crypto.TEPP256, false, nil)
+	other := bytes.Clone(msg)
+	fill(other)
+	s.outer(s.data(30, 0, msg[30:50]))
+	s.outer(s.data(0, 0, msg[:20]))
+	s.outer(s.data(0, 0, slices.Concat(other[:20], msg[20:30], other[30:40])))
+	s.outer(s.data(45, 0, slices.Concat(other[45:50], msg[50:])))
+	s.wantSession(s.installed(), msg)
 }
 
 // Both readings of pubkey_len; B answers in A's (decision 2).

@@ -636,6 +636,22 @@ func TestActiveCopies(t *testing.T) {
 	}
 }
 
+// The first SYN-ACK decided: whatever its copies offer, the exchange goes on with
+// what it said (RFC 8547 section 4.6).
+func TestAlteredSYNACK(t *testing.T) {
+	for _, eno := range [][]byte{nil, option(1), option(1, 0x80), option(1, p256), option(x25519), append(option(1, x25519), option(1, x25519)...)} {
+		s := newScript(t, Config{})
+		s.active(crypto.TEPX25519)
+		s.outer(synack(eno))
+		if s.wantKinds(SendOuter, SendOuter); !bytes.Equal(s.payload(), s.localInit) {
+			t.Errorf("%x: Init1 is not sent again", eno)
+		}
+		msg := s.init2(crypto.TEPX25519, nil)
+		s.outer(s.data(0, len(s.localInit), msg))
+		s.wantSession(s.installed(), msg)
+	}
+}
+
 // What decides must be acceptable to the letter (T12); a blind sender neither
 // resets nor degrades a flow, and costs at most a few answers.
 func TestBlindSegments(t *testing.T) {
