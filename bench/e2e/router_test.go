@@ -200,6 +200,53 @@ func TestOutage(t *testing.T) {
 	b.encryptedOnly(a, z, 1)
 }
 
+// The daemon runs on a host that forwards for containers, from an address of its own
+// or from theirs: their connections are encrypted, too, in either direction.
+func TestContainers(t *testing.T) {
+	for name, masquerade := range map[string]bool{"routed": false, "masqueraded": true} {
+		t.Run(name, func(t *testing.T) {
+			eachIP(t, func(t *testing.T, v6 bool) {
+				r := newRouted(t, lab.Options{}, lab.ForwarderOptions{})
+				seen := r.path.B.Addr4()
+				if v6 {
+					seen = r.path.B.Addr6()
+				}
+				if masquerade {
+					family := nftables.TableFamilyIPv4
+					if seen = r.toA.Addr4(); v6 {
+						family, seen = nftables.TableFamilyIPv6, r.toA.Addr6()
+					}
+					nf := newNetfilter(t, r.router, family)
+					post := nf.chain("post", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
+					nf.rule(post, protocol(unix.IPPROTO_TCP), outOf(r.toA.Name), []expr.Any{&expr.Masq{}})
+					nf.apply()
+				}
+				a, host := r.daemon(r.path.A), r.daemon(r.toA)
+				openers := []*bed{r.turned(), r.bed}
+				if masquerade {
+					openers = openers[:1]
+				}
+				for i, b := range openers {
+					client, server, err := b.connect(v6)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if s := server.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); i == 0 && s != seen {
+						t.Errorf("connected from %v, want %v", s, seen)
+					}
+					r.sameSession(a, host)
+					if err := carry(client, server, stream(1, 2<<20), stream(2, 2<<20)); err != nil {
+						t.Fatal(err)
+					}
+					r.noFlows(a)
+					r.noFlows(host)
+				}
+				r.encryptedOnly(a, host, uint64(len(openers)))
+			})
+		})
+	}
+}
+
 // natPorts are those that the NAT gives to connections of A.
 const natFirst, natLast = 40000, 40100
 
