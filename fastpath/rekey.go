@@ -88,9 +88,11 @@ func (e *Engine) Rekey(k *packet.Key, now time.Duration) (n int) {
 
 // verify has the peer prove that it is alive: it must answer a frame of a new
 // generation with one (TC 3.9). A forged ACK is no proof. It reports whether
-// the peer can be asked.
+// the peer can be asked: not after either end of stream, nor while a window is
+// shut, also ours. The answer would have to wait behind the data that does not
+// fit it until the application reads on.
 func (e *Engine) verify(f *flow) bool {
-	if e.cfg.TCPKeepalive || f.finSealed || f.finp || f.held || f.wndShownI == 0 {
+	if e.cfg.TCPKeepalive || f.finSealed || f.finp || f.held || f.wndShownI == 0 || f.rxEdge < f.nxtO+uint64(f.rcvMSS) {
 		return false
 	}
 	if f.txGen <= f.rxGen && !e.rekey(f) {

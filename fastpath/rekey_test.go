@@ -196,6 +196,41 @@ func TestKeepaliveAfterFINp(t *testing.T) {
 
 // A flow that cannot seal within its limits ends.
 func TestKeyExhausted(t *testing.T) {
+// While the local application does not read, the peer cannot send the answer that
+// proves its life: the window is shut, and data stands before it. An ACK does then,
+// as it does for plain TCP, also when the question was asked before.
+func TestVerifiedKeepaliveWindowShut(t *testing.T) {
+	for _, before := range []bool{false, true} {
+		r := newRig(t, rigConfig{innerWnd: 2880})
+		r.auto = false
+		r.inner(seg{data: content(0, 0, 100)})
+		r.outer(seg{})
+		wantControls(t, r.controls(), 0)
+		if before {
+			r.inner(seg{o: 99})
+			wantControls(t, r.controls(), rekeyBit)
+		}
+		b := append(r.seal(0, content(0, 0, 1440)), r.seal(0, content(0, 1440, 1440))...)
+		r.stream(0, b, 1460, 0)
+		r.inner(seg{o: 100, ack: 2880, wnd: -1})
+		for range 3 {
+			r.outer(seg{o: int64(r.sealed)})
+			r.forget()
+			r.inner(seg{o: 99, ack: 2880, wnd: -1})
+			wantControls(t, r.controls())
+			if len(r.outs) != 1 || r.outs[0].Len() != 0 {
+				t.Fatalf("asked before %v: the probe becomes %d packets", before, len(r.outs))
+			}
+			r.forget()
+			r.outer(seg{o: int64(r.sealed)})
+			if len(r.ins) != 1 || r.ins[0].a != 100 {
+				t.Fatalf("asked before %v: the answer becomes %d packets", before, len(r.ins))
+			}
+			r.advance(time.Minute)
+		}
+	}
+}
+
 	for name, use := range map[string]func(f *flow){
 		"generations": func(f *flow) { f.txGen = maxGen },
 		"offsets":     func(f *flow) { f.sealO = maxSealO },
