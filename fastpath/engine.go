@@ -1142,7 +1142,9 @@ func (e *Engine) fire(f *flow, which int) {
 		e.holdFired(f)
 		e.touch(f)
 	case timerRekey:
-		e.rekey(f)
+		// While the peer owes an answer, or can give none after its end of stream,
+		// the bit has to ride on data (TC 3.8).
+		f.rekeyNext = f.rekeyNext || !e.rekey(f)
 	case timerCtl:
 		from, to, ok := f.controlOutstanding()
 		if !ok {

@@ -55,6 +55,26 @@ func TestRekeyEvery(t *testing.T) {
 	}
 }
 
+// A peer that answers nothing, or has ended its stream, does not keep data under
+// one key for longer: each time, the next data has the bit.
+func TestRekeyEveryUnanswered(t *testing.T) {
+	for _, fin := range []bool{false, true} {
+		r := newRig(t, rigConfig{engine: EngineConfig{RekeyEvery: time.Minute}})
+		if fin {
+			r.outer(seg{data: r.seal(crypto.FlagFIN, nil), flags: packet.FIN})
+		}
+		r.inner(seg{data: []byte{0}})
+		r.advance(61 * time.Second)
+		wantControls(t, r.controls(), 0, rekeyBit)
+		for i := range int64(3) {
+			r.inner(seg{o: 2*i + 1, data: []byte{0}})
+			r.advance(61 * time.Second)
+			r.inner(seg{o: 2*i + 2, data: []byte{0}})
+			wantControls(t, r.controls(), 0, rekeyBit)
+		}
+	}
+}
+
 // By command an empty frame initiates rekeying, never a second one before the
 // answer (TC 3.8).
 func TestRekeyCommand(t *testing.T) {
