@@ -355,13 +355,40 @@ func (e *Engine) Flows() (live, linger int) {
 }
 
 // Snapshot appends a description of each live flow to dst.
-func (e *Engine) Snapshot(dst []FlowInfo) []FlowInfo {
-	e.tab.each(func(f *flow) {
+func (e *Engine) Snapshot(dst []FlowInfo) []FlowInfo { return e.describe(dst, e.all()) }
+
+// all returns all flows, live or not.
+func (e *Engine) all() []*flow {
+	fs := make([]*flow, 0, e.tab.n)
+	e.tab.each(func(f *flow) { fs = append(fs, f) })
+	return fs
+}
+
+// describe appends a description of each of fs that is live to dst. They may have
+// been found a while ago.
+func (e *Engine) describe(dst []FlowInfo, fs []*flow) []FlowInfo {
+	for _, f := range fs {
 		if f.state == flowLive {
 			dst = append(dst, e.info(f))
 		}
-	})
+	}
 	return dst
+}
+
+// Lookup describes the live flow between the endpoints of k, whatever its VLAN.
+func (e *Engine) Lookup(k *packet.Key) (FlowInfo, bool) {
+	found := e.tab.find(k)
+	if found == nil || found.state != flowLive {
+		e.tab.each(func(f *flow) {
+			if f.state == flowLive && f.key.RPort == k.RPort && f.key.LPort == k.LPort && f.key.Remote == k.Remote && f.key.Local == k.Local {
+				found = f
+			}
+		})
+	}
+	if found == nil || found.state != flowLive {
+		return FlowInfo{}, false
+	}
+	return e.info(found), true
 }
 
 func (e *Engine) info(f *flow) FlowInfo {

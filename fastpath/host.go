@@ -47,6 +47,10 @@ const (
 	// look at before they insert.
 	mapSlack = 256
 
+	// flowsAtOnce is how many flows a worker describes before it turns to its packets
+	// again: a few milliseconds.
+	flowsAtOnce = 2048
+
 	// How often the heartbeat is given, and how long after the last one the
 	// daemon counts as hung: so that the first retransmission of a SYN, a second
 	// after it, does not wait for the daemon any more.
@@ -940,14 +944,21 @@ func (h *Host) Status() Status {
 func (h *Host) Flows() []FlowInfo {
 	var fs []FlowInfo
 	var others []FlowInfo
-	h.each(func(w *worker) {
-		n := len(fs)
-		fs = w.eng.Snapshot(fs)
-		for i := range fs[n:] {
-			fs[n+i].Worker = w.id
+	for _, w := range h.workers {
+		var left []*flow
+		w.call(func(w *worker) { left = w.eng.all() })
+		for len(left) > 0 {
+			part := left[:min(len(left), flowsAtOnce)]
+			left = left[len(part):]
+			got := make([]FlowInfo, 0, len(part))
+			w.call(func(w *worker) { got = w.eng.describe(got, part) })
+			for i := range got {
+				got[i].Worker = w.id
+			}
+			fs = append(fs, got...)
 		}
-		others = append(others, w.slow.describe(w.now())...)
-	})
+		w.call(func(w *worker) { others = append(others, w.slow.describe(w.now())...) })
+	}
 	seen := make(map[[2]string]bool, len(fs))
 	for i := range fs {
 		seen[[2]string{fs[i].Local, fs[i].Remote}] = true
@@ -985,10 +996,12 @@ func (h *Host) Rekey(local, remote netip.AddrPort) (n int, err error) {
 		h.each(func(w *worker) { n += w.eng.Rekey(nil, w.now()) })
 		return n, nil
 	}
-	if _, err := h.Session(local, remote); err != nil {
+	f, err := h.Session(local, remote)
+	if err != nil {
 		return 0, err
 	}
 	k := packet.KeyOf(local, remote)
+	k.VLAN = f.VLAN
 	h.each(func(w *worker) { n += w.eng.Rekey(&k, w.now()) })
 	return n, nil
 }
@@ -1000,13 +1013,14 @@ var ErrNoFlow = errors.New("no encrypted flow between these endpoints: flows lis
 // error when there is none).
 func (h *Host) Session(local, remote netip.AddrPort) (FlowInfo, error) {
 	k := packet.KeyOf(local, remote)
-	l, r := k.LocalAddr().String(), k.RemoteAddr().String()
-	for _, f := range h.Flows() {
-		if f.Local == l && f.Remote == r && f.SessionID != "" && (f.State == slowpath.StateEncrypted || f.State == slowpath.StateClosing) {
-			return f, nil
+	f, err := FlowInfo{}, ErrNoFlow
+	h.each(func(w *worker) {
+		if found, ok := w.eng.Lookup(&k); ok {
+			f, err = found, nil
+			f.Worker = w.id
 		}
-	}
-	return FlowInfo{}, ErrNoFlow
+	})
+	return f, err
 }
 
 // Stats returns the counters of all parts.

@@ -2045,6 +2045,28 @@ func TestAbortAll(t *testing.T) {
 	r.gone()
 }
 
+// A flow is found by its endpoints, whatever its VLAN, and as long as it lives. A list
+// of flows that is described later leaves out those that have ended.
+func TestLookup(t *testing.T) {
+	for _, vlan := range []uint16{0, 7} {
+		r := newRig(t, rigConfig{vlan: vlan})
+		r.secondFlow()
+		k := r.est.Key
+		k.VLAN = 0
+		if f, ok := r.e.Lookup(&k); !ok || f.Remote != k.RemoteAddr().String() || f.VLAN != vlan || f.SessionID == "" {
+			t.Fatalf("VLAN %d: found %v, %+v", vlan, ok, f)
+		}
+		all := r.e.all()
+		r.outer(seg{flags: packet.RST})
+		if _, ok := r.e.Lookup(&k); ok {
+			t.Errorf("VLAN %d: found after the end", vlan)
+		}
+		if fs := r.e.describe(nil, all); len(all) != 2 || len(fs) != 1 || fs[0].Remote == k.RemoteAddr().String() {
+			t.Errorf("VLAN %d: %d of %d flows, %+v", vlan, len(fs), len(all), fs)
+		}
+	}
+}
+
 // The inner stack may have missed the last acknowledgement of a flow that has just
 // ended: when all flows go, so does its socket.
 func TestAbortAllEnded(t *testing.T) {

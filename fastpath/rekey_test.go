@@ -196,26 +196,6 @@ func TestVerifiedKeepaliveWaits(t *testing.T) {
 	}
 }
 
-// After FINp of either side there is no rekeying, and keep-alives are those of
-// TCP.
-func TestKeepaliveAfterFINp(t *testing.T) {
-	r := newRig(t, rigConfig{})
-	r.inner(seg{data: content(0, 0, 100)})
-	r.outer(seg{})
-	fin := r.seal(crypto.FlagFIN, nil)
-	r.outer(seg{data: fin, flags: 1})
-	r.advance(time.Second)
-	r.readFrames()
-	r.forget()
-	r.inner(seg{o: 99})
-	wantControls(t, r.controls())
-	if len(r.outs) != 1 || r.outs[0].Len() != 0 {
-		t.Errorf("the probe becomes %d packets", len(r.outs))
-	}
-}
-
-// A flow that cannot seal within its limits ends.
-func TestKeyExhausted(t *testing.T) {
 // While the local application does not read, the peer cannot send the answer that
 // proves its life: the window is shut, and data stands before it. An ACK does then,
 // as it does for plain TCP, also when the question was asked before.
@@ -251,6 +231,26 @@ func TestVerifiedKeepaliveWindowShut(t *testing.T) {
 	}
 }
 
+// After FINp of either side there is no rekeying, and keep-alives are those of
+// TCP.
+func TestKeepaliveAfterFINp(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.inner(seg{data: content(0, 0, 100)})
+	r.outer(seg{})
+	fin := r.seal(crypto.FlagFIN, nil)
+	r.outer(seg{data: fin, flags: 1})
+	r.advance(time.Second)
+	r.readFrames()
+	r.forget()
+	r.inner(seg{o: 99})
+	wantControls(t, r.controls())
+	if len(r.outs) != 1 || r.outs[0].Len() != 0 {
+		t.Errorf("the probe becomes %d packets", len(r.outs))
+	}
+}
+
+// A flow that cannot seal within its limits ends.
+func TestKeyExhausted(t *testing.T) {
 	for name, use := range map[string]func(f *flow){
 		"generations": func(f *flow) { f.txGen = maxGen },
 		"offsets":     func(f *flow) { f.sealO = maxSealO },
