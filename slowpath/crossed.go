@@ -86,6 +86,10 @@ func (m *Machine) crossedOuter(f *flow, s *packet.Segment) {
 		}
 		f.release = m.finalAck(f, s)
 		f.edge = int(s.Wnd)
+		// Ours may have been lost, and the peer may wait for a SYN-ACK with ENO,
+		// as figure 12 of RFC 8547 has it, and take a segment without SYN that
+		// comes before it for one of a plain connection.
+		m.emit(Action{Kind: SendOuter, Key: f.key, Frame: bytes.Clone(f.synack)})
 		if f.role() == crypto.RoleB {
 			// Ours may have been lost. Afterwards the flow may be the fast
 			// path's.

@@ -272,7 +272,7 @@ func TestResumeSimultaneousOpen(t *testing.T) {
 			}
 			continue
 		}
-		s.wantKinds(SendOuter, Install, SendInner)
+		s.wantKinds(SendOuter, SendOuter, Install, SendInner)
 		s.wantResumed(s.installed(), u)
 		if e := s.installed(); !e.Active || !e.Crossed {
 			t.Error("the local stack is not said to be in SYN-RECEIVED")
@@ -333,6 +333,18 @@ func TestCrossedDecides(t *testing.T) {
 			s.wantKinds(SendInner, Undivert)
 			s.wantReport(StatePlain, x.reason)
 		})
+	}
+}
+
+// Our SYN-ACK may have been lost when that of the peer comes. It goes once more, ahead
+// of anything without SYN, as it was.
+func TestCrossedSYNACKAgain(t *testing.T) {
+	s := newScript(t, Config{TEPs: []crypto.TEP{crypto.TEPX25519}})
+	s.cross()
+	first := s.one(SendOuter).Frame
+	s.outer(synack(s.peerENO))
+	if out := s.sent(SendOuter); !bytes.Equal(out[0].Frame, first) || out[1].Flags&packet.SYN != 0 {
+		t.Errorf("then %+v", out)
 	}
 }
 
