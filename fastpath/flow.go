@@ -78,6 +78,7 @@ type flow struct {
 	innerUp   bool  // the inner stack may be sent data
 
 	dlvI      uint64 // end of the plaintext in custody
+	urgentI   uint64 // end of urgent data that a frame without data announced, 0 for none
 	sntI      uint64 // plaintext below was given to the inner stack; the FIN counts as one
 	sntMaxI   uint64
 	innerAck  uint64 // acknowledged by the inner stack

@@ -1951,6 +1951,17 @@ func TestUrgentIn(t *testing.T) {
 	if p := withData(r.ins)[0]; p.Flags&packet.URG != 0 {
 		t.Errorf("the next frame becomes %s", segText(p.Frame))
 	}
+	// One that comes before its data, and may point behind it.
+	for _, at := range []byte{0, 4, 60} {
+		r.forget()
+		for _, f := range [][]byte{r.seal(crypto.FlagURG, []byte{0, at}), r.seal(0, []byte("01234")), r.seal(0, []byte("56789"))} {
+			r.outer(seg{o: int64(r.f.nxtO), data: f})
+		}
+		d := withData(r.ins)
+		if len(d) != 2 || d[0].Flags&packet.URG == 0 || d[0].Urg != uint16(at)+1 || d[1].Flags&packet.URG != 0 {
+			t.Errorf("urgent at %d, announced by an empty frame: %d packets, the first %s", at, len(d), segText(d[0].Frame))
+		}
+	}
 }
 
 // --- the local stack's side ---

@@ -223,7 +223,17 @@ func (e *Engine) accept(f *flow, m *openMeta, plain []byte) {
 		urg = int(binary.BigEndian.Uint16(data)) + 1
 		data, at = data[2:], at+2
 	}
+	if urg != 0 && len(data) == 0 {
+		// A notice in advance, which stands until its data comes.
+		f.urgentI = f.dlvI + uint64(urg)
+	}
 	if n := len(data); n > 0 {
+		if f.urgentI != 0 {
+			if urg == 0 && f.urgentI > f.dlvI {
+				urg = int(f.urgentI - f.dlvI)
+			}
+			f.urgentI = 0
+		}
 		f.meanIn = max(1, f.meanIn+(n-f.meanIn)/8)
 		f.bytesIn += uint64(n)
 		e.keep(f, m, data, at, min(urg, 65535))
