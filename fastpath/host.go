@@ -56,6 +56,9 @@ const (
 	// after it, does not wait for the daemon any more.
 	beatEvery = 100 * time.Millisecond
 	beatStale = 800 * time.Millisecond
+
+	// mendEvery is how long the guard may be off the interface.
+	mendEvery = time.Second
 )
 
 // Host is host mode (design section 3): one NIC, one TAP to the local kernel,
@@ -67,24 +70,25 @@ type Host struct {
 	start time.Time
 	caps  xdp.Capabilities
 
-	place    *placement
-	umems    []*xdp.Umem // of each worker
-	ports    [][]port
-	tap      *xdp.TAP
-	diverter diverter
-	local    *xdp.Diverter // the diverter, in host mode
-	gateway  *xdp.Gateway  // nil in host mode
-	bypass   *gatewayDiverter
-	inner    [][]port // in gateway mode, of each worker
-	innerNIC xdp.Capabilities
-	left     []xdp.FlowKey // of an earlier gateway's daemon
-	dead     deadFlows
-	guard    *xdp.Guard
-	queues   []QueueStatus
-	mode     xdp.Mode
-	ended    int
-	mtu      atomic.Int64 // of the interface
-	mtuLimit int          // largest packet that the sockets take
+	place     *placement
+	umems     []*xdp.Umem // of each worker
+	ports     [][]port
+	tap       *xdp.TAP
+	diverter  diverter
+	local     *xdp.Diverter // the diverter, in host mode
+	gateway   *xdp.Gateway  // nil in host mode
+	bypass    *gatewayDiverter
+	inner     [][]port // in gateway mode, of each worker
+	innerNIC  xdp.Capabilities
+	left      []xdp.FlowKey // of an earlier gateway's daemon
+	dead      deadFlows
+	guard     *xdp.Guard
+	queues    []QueueStatus
+	mode      xdp.Mode
+	ended     int
+	unguarded bool         // the guard could not be put back, and the log says so
+	mtu       atomic.Int64 // of the interface
+	mtuLimit  int          // largest packet that the sockets take
 
 	orphans map[packet.Key]bool // left by an earlier daemon, and could not be ended; fixed after the start
 
@@ -621,6 +625,8 @@ func (h *Host) watch() {
 	defer close(h.done)
 	beat := time.NewTicker(beatEvery)
 	defer beat.Stop()
+	mend := time.NewTicker(mendEvery)
+	defer mend.Stop()
 	ended := make(chan *worker, len(h.workers))
 	for _, w := range h.workers {
 		go func() {
@@ -655,11 +661,29 @@ func (h *Host) watch() {
 				h.cache.Expire(time.Since(h.start))
 			}
 			continue
+		case <-mend.C:
+			h.mend()
+			continue
 		case w := <-ended:
 			h.err = w.err
 		}
 		return
 	}
+}
+
+// mend sees to it that the guard's filters stay on the interface. Without them
+// nothing that is injected would reach a socket, or all that is forged would.
+func (h *Host) mend() {
+	gone, err := h.guard.Mend()
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return // the end of the interface is told of otherwise
+	case err != nil && !h.unguarded:
+		h.log.Error("the guard is not on the interface", "err", err)
+	case err == nil && gone:
+		h.log.Warn("the guard was taken off the interface by another program, and put back", "interface", h.cfg.Interface)
+	}
+	h.unguarded = err != nil
 }
 
 // passedSYNs returns how many SYNs from the wire did not come to the slow path:

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -96,6 +97,7 @@ type Guard struct {
 	flows      *flowMap
 	inner      innerLayers
 	exits      *exitWatch
+	missing    atomic.Pointer[string] // why the filters are not on the interface, nil if they are
 }
 
 // GuardConfig says what is guarded, and how.
@@ -402,7 +404,9 @@ func (g *Guard) install(replace bool) error {
 		case err == nil:
 			g.handle = handleMadeQdisc
 		case errors.Is(err, unix.EEXIST):
-			g.handle = handleFoundQdisc
+			if g.handle == 0 {
+				g.handle = handleFoundQdisc
+			}
 		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP):
 			return fmt.Errorf("the kernel has no clsact qdisc (CONFIG_NET_SCH_INGRESS): %w", err)
 		default:
@@ -504,7 +508,33 @@ func (g *Guard) Layers() []GuardLayer {
 	if g == nil {
 		return nil
 	}
-	return append([]GuardLayer{{Name: LayerInterface, Active: true, Persistent: true}}, g.inner.layers...)
+	first := GuardLayer{Name: LayerInterface, Active: true, Persistent: true}
+	if why := g.missing.Load(); why != nil {
+		first = GuardLayer{Name: LayerInterface, Reason: *why}
+	}
+	return append([]GuardLayer{first}, g.inner.layers...)
+}
+
+// Mend looks whether the filters are on the interface still, and puts them back if
+// somebody took them off, or the qdisc that they are on. It reports whether they
+// were gone; an error means that they are, and Layers tells of it until they are
+// back.
+func (g *Guard) Mend() (gone bool, err error) {
+	if g == nil {
+		return false, nil
+	}
+	found, err := g.findFilters()
+	if err == nil && len(found) < len(guardHooks) {
+		gone = true
+		err = g.install(len(found) > 0)
+	}
+	if err != nil {
+		why := err.Error()
+		g.missing.Store(&why)
+		return gone, fmt.Errorf("xdp: guard on %s: %w", g.device.Attrs().Name, err)
+	}
+	g.missing.Store(nil)
+	return gone, nil
 }
 
 // Remove ends the guard. An interface that is gone has taken its filters along

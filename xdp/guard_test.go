@@ -356,6 +356,49 @@ func TestGuardSharesQdisc(t *testing.T) {
 	}
 }
 
+// What others take off the interface is put back: a filter, or the qdisc with both.
+func TestGuardMended(t *testing.T) {
+	l := newLab(t, 1, 1500)
+	index := l.nic.Attrs().Index
+	g, _, err := OpenGuard(guardOf(t, index, 7))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mend := func(what string, want bool) {
+		t.Helper()
+		gone, err := g.Mend()
+		if n := len(guardFilters(t, l.nic)); err != nil || gone != want || n != len(guardHooks) || !g.Layers()[0].Active {
+			t.Errorf("%s: gone %v, %v, %d filters, %+v", what, gone, err, n, g.Layers()[0])
+		}
+	}
+	mend("nothing happened", false)
+	for i, hook := range guardHooks {
+		if err := netlink.FilterDel(g.filter(hook.parent, hook.program)); err != nil {
+			t.Fatal(err)
+		}
+		mend(fmt.Sprintf("filter %d was deleted", i), true)
+	}
+	for _, hook := range guardHooks {
+		if err := netlink.FilterDel(g.filter(hook.parent, hook.program)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mend("both filters were deleted", true)
+	if err := netlink.QdiscDel(g.qdisc()); err != nil {
+		t.Fatal(err)
+	}
+	mend("the qdisc was deleted", true)
+	if err := netlink.LinkDel(l.nic); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.Mend(); !errors.Is(err, unix.ENODEV) || g.Layers()[0].Active {
+		t.Errorf("without an interface: %v, %+v", err, g.Layers()[0])
+	}
+	if err := g.Remove(); err != nil {
+		t.Error(err)
+	}
+}
+
 // The programs look at packets from the first connection that is listed on, until
 // the last one is not any more.
 func TestGuardListing(t *testing.T) {
