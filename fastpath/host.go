@@ -109,6 +109,7 @@ type Host struct {
 
 	link      chan error // the device is down or gone
 	innerLink chan error // the same of a gateway's inner one
+	tapLink   chan error // the same of the TAP
 	stopLink  func()
 	stopVM    func()
 	draining  atomic.Bool
@@ -207,6 +208,15 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 			return nil, err
 		}
 		h.stopLink = func() { stopOuter(); stopInner() }
+	} else {
+		h.tapLink = make(chan error, 1)
+		stopOuter := h.stopLink
+		stopTAP, err := xdp.WatchLink(h.tap.Ifindex(), h.tapLink)
+		if err != nil {
+			h.stopThreads()
+			return nil, err
+		}
+		h.stopLink = func() { stopOuter(); stopTAP() }
 	}
 	if h.stopVM, err = watchVMGeneration(h.restored); err != nil {
 		h.stopThreads()
@@ -652,6 +662,17 @@ func (h *Host) watch() {
 				continue
 			}
 			h.err = fmt.Errorf("%s: %w", h.cfg.Inner, err)
+		case err := <-h.tapLink:
+			// Everything to and from the local stack goes through it.
+			if errors.Is(err, xdp.ErrDeviceDown) {
+				if err = h.tap.SetUp(); err == nil {
+					h.log.Warn("the TAP device was set down by another program, and is up again", "device", h.tap.Name())
+				}
+			}
+			if mtu := xdp.DeviceMTU(0); err == nil || errors.As(err, &mtu) {
+				continue
+			}
+			h.err = fmt.Errorf("%s: %w", h.tap.Name(), err)
 		case <-beat.C:
 			h.beat()
 			if err := h.shed.tick(time.Now(), h.passedSYNs, h.diverter.Shed); err != nil {

@@ -177,6 +177,23 @@ func (t *TAP) Name() string { return t.name }
 // Ifindex returns the device's interface index.
 func (t *TAP) Ifindex() int { return t.ifindex }
 
+// SetUp sets the device up, as OpenTAP did. It fails with ErrDeviceGone if it was
+// deleted.
+func (t *TAP) SetUp() error {
+	link, err := netlink.LinkByIndex(t.ifindex)
+	if err == nil {
+		err = netlink.LinkSetUp(link)
+	}
+	var notFound netlink.LinkNotFoundError
+	if errors.As(err, &notFound) || errors.Is(err, unix.ENODEV) {
+		return ErrDeviceGone
+	}
+	if err != nil {
+		return fmt.Errorf("xdp: TAP device %s: set up: %w", t.name, err)
+	}
+	return nil
+}
+
 // SetSteering attaches a program of type SocketFilter; the queue of a packet
 // that the kernel hands down is the program's result modulo the number of
 // queues. nil goes back to the kernel's own choice, which learns from what is

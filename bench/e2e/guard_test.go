@@ -323,3 +323,32 @@ func TestLink(t *testing.T) {
 		return "", err != nil && strings.Contains(a.Logs(), "device is gone")
 	})
 }
+
+// The TAP device is set down by somebody: it is set up again. It is deleted: the
+// daemon says so, ends, and leaves nothing behind.
+func TestTAPTakenAway(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, _ := b.both()
+	st, err := a.Status(b.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nl := b.path.A.NS.Netlink()
+	tap, err := nl.LinkByName(st.Inner)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nl.LinkSetDown(tap); err != nil {
+		t.Fatal(err)
+	}
+	b.encryptsAgain(a, false)
+	if err := nl.LinkDel(tap); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Wait(b.ctx); err == nil || !strings.Contains(a.Logs(), "device is gone") {
+		t.Errorf("the daemon ended with %v", err)
+	}
+	if err := b.exchange(false, make([]byte, 1000), make([]byte, 1000), func() {}); err != nil {
+		t.Errorf("a connection after that: %v", err)
+	}
+}
