@@ -39,6 +39,11 @@ type modelConfig struct {
 	rcvMSS int // payload bytes of a full segment towards the model
 	gso    int // most payload bytes of a super-segment
 	rcvBuf uint64
+	// shrinkAfter its handshake, 0 for never, the model takes back what window is
+	// beyond a buffer of shrinkTo bytes, as Linux does with tcp_shrink_window.
+	shrinkAfter time.Duration
+	shrinkTo    uint64
+
 	sndBuf uint64
 	sack   bool
 	ts     bool
@@ -139,6 +144,8 @@ type model struct {
 
 	rcv       uint64
 	rcvEdge   uint64
+	shrinkAt  time.Duration
+	shrunk    bool
 	ooo       spans
 	readPos   uint64
 	nextRead  time.Duration
@@ -178,6 +185,9 @@ func (m *model) begin(now time.Duration, sndWnd uint64, answer bool) {
 	m.movedAt = now
 	if m.cfg.keepalive > 0 {
 		m.kaAt = now + m.cfg.keepalive
+	}
+	if m.cfg.shrinkAfter > 0 {
+		m.shrinkAt = now + m.cfg.shrinkAfter
 	}
 	if answer {
 		m.sendAck()
@@ -243,6 +253,14 @@ func (m *model) window() uint16 {
 	w := min((edge-m.rcv+1<<m.cfg.shift-1)>>m.cfg.shift, 65535)
 	m.rcvEdge = max(m.rcvEdge, m.rcv+w<<m.cfg.shift)
 	return uint16(w)
+}
+
+// takeBack shrinks the window. What is under way beyond it is as good as lost.
+func (m *model) takeBack() {
+	m.shrunk, m.cfg.lossy = true, true
+	m.cfg.rcvBuf = m.cfg.shrinkTo
+	m.rcvEdge = max(m.rcv, min(m.rcvEdge, m.readPos+m.cfg.rcvBuf))
+	m.sendAck()
 }
 
 // transmit sends one packet at offset o. The payload is the stream's, or
@@ -505,7 +523,7 @@ func (m *model) deadline() time.Duration {
 	if m.reset {
 		return d
 	}
-	for _, t := range [...]time.Duration{m.synAt, m.rtoAt, m.ptoAt, m.rackAt, m.persistAt, m.kaAt, m.delackAt, m.nextWrite, m.nextRead} {
+	for _, t := range [...]time.Duration{m.synAt, m.rtoAt, m.ptoAt, m.rackAt, m.persistAt, m.kaAt, m.delackAt, m.nextWrite, m.nextRead, m.shrinkAt} {
 		if t != 0 {
 			d = min(d, t)
 		}
@@ -535,6 +553,10 @@ func (m *model) tick(now time.Duration) {
 	if m.delackAt != 0 && now >= m.delackAt {
 		m.delackAt = 0
 		m.sendAck()
+	}
+	if m.shrinkAt != 0 && now >= m.shrinkAt {
+		m.shrinkAt = 0
+		m.takeBack()
 	}
 	if m.rackAt != 0 && now >= m.rackAt {
 		m.reorderingOver()
@@ -1051,7 +1073,7 @@ func (m *model) inputData(s *packet.Segment, o, n int64) {
 		m.checkContent(s, data, o, fin)
 	}
 	end := o + n
-	if m.plain && end > int64(m.rcvEdge) {
+	if (m.plain || m.shrunk) && end > int64(m.rcvEdge) {
 		end, fin = int64(m.rcvEdge), false
 		n = end - o
 		if n <= 0 {

@@ -156,6 +156,10 @@ func randomFlow(rng *rand.Rand, sc *scenario, scale float64) flowConfig {
 		m.gso = pick(rng, 0, 3000, 16000, 64000, 64000)
 		m.rcvBuf = pick[uint64](rng, 2048, 4096, 16384, 65535, 1<<18, 1<<20, 1<<20)
 		m.sndBuf = pick[uint64](rng, 2048, 16384, 1<<18, 1<<20)
+		if one(8) {
+			m.shrinkAfter = 1 + time.Duration(rng.Int64N(int64(pick(rng, 100*time.Millisecond, 3*time.Second))))
+			m.shrinkTo = 2048 + rng.Uint64N(pick(rng, 1, m.rcvBuf))
+		}
 		m.shift = pick[uint8](rng, 0, 2, 7, 7, 14)
 		m.sws, m.keepSACK = one(2), one(2)
 		m.probe = probeKind(rng.IntN(int(numProbes)))
