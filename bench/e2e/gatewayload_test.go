@@ -92,7 +92,8 @@ func TestGatewayPast(t *testing.T) {
 
 	for i, d := range []*daemon.Daemon{a, z} {
 		st := g.stats(d).Counters
-		if n := st["xsk_received"] - received[i]; n != 0 {
+		// Some last ACKs of the encrypted one, which may take their time, do.
+		if n := st["xsk_received"] - received[i]; n > 8 {
 			t.Errorf("%d packets came to the daemon: %v", n, st)
 		}
 	}
