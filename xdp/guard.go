@@ -524,6 +524,9 @@ func (g *Guard) Mend() (gone bool, err error) {
 		return false, nil
 	}
 	found, err := g.findFilters()
+	if errors.Is(err, netlink.ErrDumpInterrupted) {
+		return false, nil // somebody is at work: the next look tells
+	}
 	if err == nil && len(found) < len(guardHooks) {
 		gone = true
 		err = g.install(len(found) > 0)
