@@ -172,7 +172,7 @@ func (m *model) refuse() { m.reset, m.synAt = true, 0 }
 func (m *model) acceptable(s *packet.Segment, o, n int64) bool {
 	switch a := offOf(m.iss, s.Ack, m.una); {
 	case s.HasTS && m.cfg.ts && packet.SeqDiff(s.TSval, m.tsRecent) < 0,
-		o+n < int64(m.rcv) || o > int64(m.rcvEdge),
+		o+n < int64(m.rcv) || o > int64(max(m.rcvEdge, m.oldEdge)),
 		s.Flags&packet.ACK != 0 && (a > int64(m.max) || a < int64(m.una)-1<<30):
 		if s.Flags&packet.RST == 0 && (n > 0 || s.Flags&packet.FIN != 0 || o < int64(m.rcv)) {
 			m.sendAck()

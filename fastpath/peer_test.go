@@ -846,6 +846,51 @@ func TestTimestampsThatDoNotCount(t *testing.T) {
 	}
 }
 
+// An inner stack that drops what it has no memory for takes window back to say so.
+// It gets that again as soon as there is window, and nothing behind it before.
+func TestInnerWindowTakenBack(t *testing.T) {
+	r := newRig(t, rigConfig{innerWnd: 8100})
+	r.auto = false
+	for k := range uint64(7) {
+		o := int64(r.sealed)
+		r.outer(seg{o: o, data: r.seal(0, content(1, 1000*k, 1000))})
+	}
+	if r.f.sntI != 7000 {
+		t.Fatalf("sent %d of 7000 bytes", r.f.sntI)
+	}
+	for _, c := range []struct{ ack, wnd, from, to int64 }{
+		{0, 0, 0, 0},
+		{0, 3000, 0, 3000},
+		{2000, 500, 2500, 2500},
+		{2000, 4000, 2500, 6000},
+		{6000, 2000, 6000, 7000},
+	} {
+		r.forget()
+		wnd := int(c.wnd)
+		if wnd == 0 {
+			wnd = -1
+		}
+		ack := c.ack
+		if ack == 0 {
+			ack = -1
+		}
+		r.inner(seg{ack: ack, wnd: wnd})
+		at := c.from
+		for _, p := range r.ins {
+			if p.Len() == 0 {
+				continue
+			}
+			if p.o != at {
+				t.Errorf("acknowledged %d, window %d: a segment at %d, want %d", c.ack, c.wnd, p.o, at)
+			}
+			at = p.o + int64(p.Len())
+		}
+		if at != c.to {
+			t.Errorf("acknowledged %d, window %d: sent to %d, want %d", c.ack, c.wnd, at, c.to)
+		}
+	}
+}
+
 // What waits above a gap when the inner stack takes its window back, as Linux does
 // with tcp_shrink_window, must not keep out what fills the gap.
 func TestGapFilledAfterShrink(t *testing.T) {

@@ -567,6 +567,13 @@ func (e *Engine) innerAcked(f *flow, s *packet.Segment, pure bool) {
 		}
 	}
 	if uint64(a) == f.innerAck {
+		if edge < f.innerEdge && edge < f.sntI {
+			// It has taken window back: what was sent beyond that it has dropped, as
+			// Linux does for want of memory. To go on behind it would leave a gap,
+			// and the rest would fill a small buffer for ever.
+			f.sntI, f.cursor = max(edge, f.innerAck), 0
+			e.st.InnerResends++
+		}
 		f.innerEdge = edge
 	}
 	if pure {
