@@ -74,6 +74,10 @@ func (b *buffers) room() int { return b.budget - b.used - b.rings }
 // little of it.
 func (b *buffers) tight() bool { return b.room() < b.budget/8 }
 
+// short reports whether storage of queues that is not in use has to make room: there
+// might not be enough for a single frame.
+func (b *buffers) short() bool { return b.tight() || b.room() < 2*bigSize }
+
 // hold counts another user of the chunk that holds addr.
 func (b *buffers) hold(addr uint64) ref {
 	i := uint32(addr >> b.shift)

@@ -1039,8 +1039,9 @@ func (e *Engine) flush() {
 	e.dirty = e.dirty[:0]
 	e.pool.recycle()
 	if e.now >= e.trimAt {
-		e.recs.trim()
-		e.pieces.trim()
+		short := e.buf.short()
+		e.recs.trim(short)
+		e.pieces.trim(short)
 		e.trimAt = e.now + trimInterval
 	}
 	if e.now >= e.patrolAt {

@@ -99,12 +99,17 @@ func (p *ringPool[T]) give(b []T) {
 }
 
 // trim lets go of storage if there is much more than was lent at once since the
-// last trim. What it leaves is twice that, so that a steady load makes none anew.
-func (p *ringPool[T]) trim() {
+// last trim. What it leaves is twice that, so that a steady load makes none anew,
+// or nothing that is not lent, where memory is short.
+func (p *ringPool[T]) trim(short bool) {
 	for c := range p.sizes {
 		s := &p.sizes[c]
 		peak := s.made - s.low
-		if surplus := s.made - 2*peak - ringSpare; surplus > 0 {
+		surplus := s.made - 2*peak - ringSpare
+		if short {
+			surplus = len(s.free)
+		}
+		if surplus > 0 {
 			// Not more than are free, as that is not less than low.
 			p.count(-surplus, ringMin<<c)
 			s.made -= surplus

@@ -101,7 +101,7 @@ func (e *Engine) Deadline() (at time.Duration, ok bool) {
 	if len(e.timers.h) > 0 {
 		at, ok = e.timers.h[0].at, true
 	}
-	if e.buf.rings > trimFloor && (!ok || e.trimAt < at) {
+	if (e.buf.rings > trimFloor || e.buf.rings > 0 && e.buf.short()) && (!ok || e.trimAt < at) {
 		at, ok = e.trimAt, true
 	}
 	if e.tab.n > 0 && (!ok || e.patrolAt < at) {

@@ -406,16 +406,16 @@ func TestRingPool(t *testing.T) {
 		t.Errorf("%d bytes are counted for %d rings of %d elements", peak, n, elements)
 	}
 	empty(n)
-	p.trim()
+	p.trim(false)
 	if bytes != peak {
 		t.Errorf("%d bytes of %d are left right after all were in use", bytes, peak)
 	}
-	if allocs := testing.AllocsPerRun(20, func() { fill(n); empty(n); p.trim() }); allocs != 0 {
+	if allocs := testing.AllocsPerRun(20, func() { fill(n); empty(n); p.trim(false) }); allocs != 0 {
 		t.Errorf("%v allocations though storage was there", allocs)
 	}
 	fill(n / 10)
-	p.trim() // nothing more was in use than now
-	p.trim()
+	p.trim(false) // nothing more was in use than now
+	p.trim(false)
 	if bytes > peak/2 || bytes < peak/10 {
 		t.Errorf("%d bytes of %d are left with a tenth in use", bytes, peak)
 	}
@@ -427,14 +427,26 @@ func TestRingPool(t *testing.T) {
 		}
 	}
 	empty(n / 10)
-	p.trim()
-	p.trim()
+	p.trim(false)
+	p.trim(false)
 	spare := 0
 	for c := range ringClasses {
 		spare += ringSpare * ringMin << c * 8
 	}
 	if bytes > min(spare, peak/10) {
 		t.Errorf("%d bytes of %d are left with nothing in use", bytes, peak)
+	}
+	// Where memory is short nothing is.
+	fill(1)
+	lent := len(rings[0].b) * 8
+	p.trim(true)
+	if bytes != lent {
+		t.Errorf("%d bytes are left for want of memory, %d are in use", bytes, lent)
+	}
+	empty(1)
+	p.trim(true)
+	if bytes != 0 {
+		t.Errorf("%d bytes are left for want of memory, and nothing is in use", bytes)
 	}
 	// The largest storage is not kept.
 	var large ring[uint64]
