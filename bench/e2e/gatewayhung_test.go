@@ -84,10 +84,6 @@ func TestGatewayHung(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := g.resent(g.path.A.NS)
-	type dialled struct {
-		c   net.Conn
-		err error
-	}
 	done := make(chan dialled, 1)
 	go func() {
 		c, err := g.dialAgain(from, ln)

@@ -173,35 +173,48 @@ func TestHungRequire(t *testing.T) {
 	}
 }
 
-// A connection that is being opened when the daemon begins to hang waits for it,
-// as one to a host that does not answer would.
-func TestHungOpening(t *testing.T) {
-	var silent atomic.Bool
-	silent.Store(true)
-	b := newBed(t, lab.Options{}, lab.ForwarderOptions{Hook: func(d lab.Dir, f []byte) lab.Verdict {
-		var s packet.Segment
-		if silent.Load() && d == lab.BtoA && packet.Parse(f, packet.FromOuter, &s) == nil && s.Flags&packet.SYN != 0 {
-			return lab.Drop
-		}
-		return lab.Pass
-	}})
-	a, _ := b.both()
-	ln := b.echo()
-	type dialled struct {
-		c   net.Conn
-		err error
-	}
+type dialled struct {
+	c   net.Conn
+	err error
+}
+
+// dialling connects from A to a listener on B, which may take its time.
+func (b *bed) dialling(ln net.Listener) <-chan dialled {
 	done := make(chan dialled, 1)
 	go func() {
 		c, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
 		done <- dialled{c, err}
 	}()
+	return done
+}
+
+// dropping returns a hook that drops the TCP segments which match picks, in one
+// direction, until it is told to let them pass.
+func dropping(dir lab.Dir, match func(*packet.Segment) bool) (hook lab.Hook, pass func()) {
+	var passes atomic.Bool
+	return func(d lab.Dir, f []byte) lab.Verdict {
+		var s packet.Segment
+		if !passes.Load() && d == dir && packet.Parse(f, packet.FromOuter, &s) == nil && match(&s) {
+			return lab.Drop
+		}
+		return lab.Pass
+	}, func() { passes.Store(true) }
+}
+
+// A connection that is being opened when the daemon begins to hang waits for it,
+// as one to a host that does not answer would.
+func TestHungOpening(t *testing.T) {
+	hook, pass := dropping(lab.BtoA, func(s *packet.Segment) bool { return s.Flags&packet.SYN != 0 })
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{Hook: hook})
+	a, _ := b.both()
+	ln := b.echo()
+	done := b.dialling(ln)
 	b.eventually("the offer is made", func() (string, bool) {
 		st, err := a.Status(b.ctx)
 		return "", err == nil && st.HalfOpen == 1
 	})
 	b.halt(a)
-	silent.Store(false)
+	pass()
 	before := b.resent(b.path.A.NS)
 	b.eventually("the SYN is sent again", func() (string, bool) { return "", b.resent(b.path.A.NS) >= before+2 })
 	n, err := b.path.A.NS.TCPCounters()
@@ -220,33 +233,18 @@ func TestHungOpening(t *testing.T) {
 // So does one that the local host has answered: its kernel forgets the peer's SYN when
 // it is told that the answer was dropped, and would reset what the peer sends then.
 func TestHungAnswered(t *testing.T) {
-	var silent atomic.Bool
-	silent.Store(true)
-	b := newBed(t, lab.Options{}, lab.ForwarderOptions{Hook: func(d lab.Dir, f []byte) lab.Verdict {
-		var s packet.Segment
-		if silent.Load() && d == lab.AtoB && packet.Parse(f, packet.FromOuter, &s) == nil && s.Flags&packet.SYN == 0 {
-			return lab.Drop
-		}
-		return lab.Pass
-	}})
+	hook, pass := dropping(lab.AtoB, func(s *packet.Segment) bool { return s.Flags&packet.SYN == 0 })
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{Hook: hook})
 	_, z := b.both()
 	ln := b.echo()
-	type dialled struct {
-		c   net.Conn
-		err error
-	}
-	done := make(chan dialled, 1)
-	go func() {
-		c, err := b.path.A.NS.Dial(b.ctx, "tcp", ln.Addr().String())
-		done <- dialled{c, err}
-	}()
+	done := b.dialling(ln)
 	b.eventually("the SYN is answered", func() (string, bool) {
 		return "", b.stats(z).Counters["slowpath_answered"] == 1
 	})
 	b.halt(z)
 	before := b.resent(b.path.B.NS)
 	b.eventually("the answer is sent again", func() (string, bool) { return "", b.resent(b.path.B.NS) > before })
-	silent.Store(false)
+	pass()
 	b.resume(z)
 	r := <-done
 	if r.err != nil {
