@@ -1084,13 +1084,7 @@ func (e *Engine) flushFlow(f *flow) {
 	if f.state != flowLive {
 		return
 	}
-	sent := f.sentO
 	e.pushNew(f)
-	if f.sentO != sent && f.timers[timerCtl] == 0 {
-		if _, _, ok := f.controlOutstanding(); ok {
-			e.arm(f, timerCtl, e.now+f.ctlRTO)
-		}
-	}
 	e.outerFin(f)
 	if f.state != flowLive {
 		return

@@ -1627,6 +1627,22 @@ func TestControlBytesStaySmall(t *testing.T) {
 	}
 }
 
+// Control bytes that left as the part which fitted the peer's window are sent again
+// like others.
+func TestControlBytesInSmallWindow(t *testing.T) {
+	r := newRig(t, rigConfig{peerWnd: 4})
+	r.outer(seg{data: r.sealWith(crypto.ControlRekey, 0, nil)})
+	r.advance(minRTO)
+	if p := withData(r.outs); len(p) != 1 || p[0].o != 0 || p[0].Len() != 4 {
+		t.Fatalf("%d segments into a window of 4 bytes", len(p))
+	}
+	r.forget()
+	r.advance(time.Second)
+	if p := withData(r.outs); len(p) == 0 || p[0].o != 0 || p[0].Len() != 4 {
+		t.Errorf("%d segments sent again", len(p))
+	}
+}
+
 // --- custody (T13) ---
 
 func TestCustodyResent(t *testing.T) {

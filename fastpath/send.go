@@ -307,6 +307,24 @@ func (e *Engine) runSeal() {
 // pushNew transmits what is sealed and not yet sent, as far as the peer's
 // window lets it (T6): a segment a frame (invariant 7).
 func (e *Engine) pushNew(f *flow) {
+	sent := f.sentO
+	e.push(f)
+	if f.sentO != sent {
+		e.armControl(f)
+	}
+}
+
+// armControl sees to it that control bytes which nobody else would send again are.
+func (e *Engine) armControl(f *flow) {
+	if f.timers[timerCtl] != 0 {
+		return
+	}
+	if _, _, ok := f.controlOutstanding(); ok {
+		e.arm(f, timerCtl, e.now+f.ctlRTO)
+	}
+}
+
+func (e *Engine) push(f *flow) {
 	if f.sentO >= f.sealO {
 		f.held = false
 		return
@@ -600,6 +618,7 @@ func (e *Engine) holdFired(f *flow) {
 		var h packet.Header
 		e.xmit(f, &h, f.recByOuter(f.sentO), f.sentO, end, f.outMSS, true, true)
 		f.sentO = end
+		e.armControl(f)
 		e.pushNew(f)
 		return
 	}
