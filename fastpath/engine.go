@@ -1220,9 +1220,7 @@ func (e *Engine) Pressed() bool {
 // now, and would send its last bytes again: its socket must not be left either.
 func (e *Engine) AbortAll(reason string, now time.Duration) {
 	e.now = now
-	var fs []*flow
-	e.tab.each(func(f *flow) { fs = append(fs, f) })
-	for _, f := range fs {
+	for _, f := range e.all() {
 		e.abort(f, reason)
 		e.forget(f, f.state == flowReset || e.now-f.ended < lingerShort)
 	}

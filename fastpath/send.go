@@ -324,6 +324,7 @@ func (e *Engine) armControl(f *flow) {
 	}
 }
 
+// push is pushNew but for the timer of control bytes.
 func (e *Engine) push(f *flow) {
 	if f.sentO >= f.sealO {
 		f.held = false
