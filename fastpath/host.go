@@ -57,7 +57,8 @@ const (
 	beatEvery = 100 * time.Millisecond
 	beatStale = 800 * time.Millisecond
 
-	// mendEvery is how long the guard may be off the interface.
+	// mendEvery is how long the guard may be off the interface, and packets come
+	// to queues without a socket.
 	mendEvery = time.Second
 )
 
@@ -95,7 +96,8 @@ type Host struct {
 	diagMu sync.Mutex
 	diag   *xdp.SocketDiag
 
-	restoreQueues func() error // nil: nothing to put back
+	restoreQueues map[string]func() error // by interface
+	receiving     map[string]int          // receive queues of each NIC, when last looked
 
 	workers []*worker
 	owners  *owners  // nil: there is one worker
@@ -125,7 +127,10 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	h := &Host{cfg: cfg, log: cfg.Log, start: time.Now(), done: make(chan struct{}), orphans: make(map[packet.Key]bool)}
+	h := &Host{
+		cfg: cfg, log: cfg.Log, start: time.Now(), done: make(chan struct{}), orphans: make(map[packet.Key]bool),
+		restoreQueues: make(map[string]func() error), receiving: make(map[string]int),
+	}
 	defer func() {
 		if err != nil {
 			h.detach()
@@ -193,6 +198,10 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	}
 	if h.bypass != nil {
 		h.bypass.keep = !cfg.Block
+	}
+	h.receiving[cfg.Interface] = h.caps.RXQueues
+	if h.gateway != nil {
+		h.receiving[cfg.Inner] = h.innerNIC.RXQueues
 	}
 	h.link = make(chan error, 1)
 	if h.stopLink, err = xdp.WatchLink(h.caps.Ifindex, h.link); err != nil {
@@ -336,14 +345,53 @@ func (h *Host) pickQueues() ([]int, error) {
 
 // concentrate makes the NIC leave the queues alone that are not to be bound.
 func (h *Host) concentrate(queues []int, have int) error {
-	how, restore, err := xdp.Concentrate(h.cfg.Interface, queues)
+	how, err := h.keepTo(h.cfg.Interface, queues)
 	if err != nil {
 		return fmt.Errorf("%s has %d receive queues, only %d are named, and flows of the others could not be decrypted: %w", h.cfg.Interface, have, len(queues), err)
 	}
-	h.restoreQueues = restore
 	h.log.Info("packets are kept away from the other queues", "interface", h.cfg.Interface, "by", how)
 	h.caps, err = xdp.Probe(h.cfg.Interface)
 	return err
+}
+
+// keepTo makes a NIC receive on the given queues alone until detach.
+func (h *Host) keepTo(iface string, queues []int) (how string, err error) {
+	how, restore, err := xdp.Concentrate(iface, queues)
+	if err == nil {
+		h.restoreQueues[iface] = restore
+	}
+	return how, err
+}
+
+// mendQueues sees to it that no NIC that was given more queues receives on those
+// that have no socket: segments of encrypted connections are lost there, and SYNs
+// make plain ones.
+func (h *Host) mendQueues() {
+	for iface, before := range h.receiving {
+		n, err := xdp.ReceiveQueues(iface)
+		if err != nil || n == before {
+			continue // the end of the interface is told of otherwise
+		}
+		h.receiving[iface] = n
+		var bound []int
+		for _, q := range h.queues {
+			if q.Interface == iface {
+				bound = append(bound, q.Queue)
+			}
+		}
+		if n <= len(bound) {
+			continue
+		}
+		how, err := h.keepTo(iface, bound)
+		if err != nil {
+			h.log.Error("the interface was given receive queues that the daemon does not serve: restart it", "interface", iface, "queues", n, "served", len(bound), "err", err)
+			continue
+		}
+		h.log.Warn("the interface was given more receive queues: packets are kept to those that the daemon serves until it is restarted", "interface", iface, "queues", n, "served", len(bound), "by", how)
+		if n, err = xdp.ReceiveQueues(iface); err == nil {
+			h.receiving[iface] = n
+		}
+	}
 }
 
 // openPorts binds the NIC queues and makes the TAP, then attaches the diverter,
@@ -684,6 +732,7 @@ func (h *Host) watch() {
 			continue
 		case <-mend.C:
 			h.mend()
+			h.mendQueues()
 			continue
 		case w := <-ended:
 			h.err = w.err
@@ -893,8 +942,8 @@ func (h *Host) detach() error {
 		errs = append(errs, h.diverter.Close())
 	}
 	errs = append(errs, h.closePorts())
-	if h.restoreQueues != nil {
-		errs = append(errs, h.restoreQueues())
+	for _, restore := range h.restoreQueues {
+		errs = append(errs, restore())
 	}
 	if h.tap != nil {
 		errs = append(errs, h.tap.Close())

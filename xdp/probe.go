@@ -70,7 +70,7 @@ func Probe(ifname string) (Capabilities, error) {
 	// These pass the partial checksums of other guests of the same host.
 	c.Virtual = c.Virtual || c.Driver == "virtio_net" || c.Driver == "vif"
 	if channels, err := tool.GetChannels(ifname); err == nil {
-		c.RXQueues = max(1, int(channels.RxCount+channels.CombinedCount))
+		c.RXQueues = receiveQueues(channels)
 		c.TXQueues = max(1, int(channels.TxCount+channels.CombinedCount))
 	}
 
@@ -103,6 +103,23 @@ func Probe(ifname string) (Capabilities, error) {
 	}
 	return c, nil
 }
+
+// ReceiveQueues returns how many queues a device of the calling thread's network
+// namespace receives on: at least 1.
+func ReceiveQueues(ifname string) (int, error) {
+	tool, err := ethtool.NewEthtool()
+	if err != nil {
+		return 0, fmt.Errorf("xdp: interface %s: %w", ifname, err)
+	}
+	defer tool.Close()
+	channels, err := tool.GetChannels(ifname)
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+		return 0, fmt.Errorf("xdp: queues of interface %s: %w", ifname, err)
+	}
+	return receiveQueues(channels), nil
+}
+
+func receiveQueues(c ethtool.Channels) int { return max(1, int(c.RxCount+c.CombinedCount)) }
 
 // hasVLANs reports whether there are VLAN devices on a device.
 func hasVLANs(ifindex int) bool {

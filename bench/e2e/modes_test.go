@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"os/exec"
 	"strings"
 	"testing"
@@ -60,38 +62,40 @@ func TestModes(t *testing.T) {
 	}
 }
 
+// channels returns the numbers of an interface's queues, after change, if any.
+func (b *bed) channels(i *lab.Iface, change func(*ethtool.Channels)) (c ethtool.Channels) {
+	b.t.Helper()
+	err := i.NS.Do(func() error {
+		tool, err := ethtool.NewEthtool()
+		if err != nil {
+			return err
+		}
+		defer tool.Close()
+		if c, err = tool.GetChannels(i.Name); err == nil && change != nil {
+			change(&c)
+			_, err = tool.SetChannels(i.Name, c)
+		}
+		return err
+	})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return c
+}
+
 // Queues that are not to be served are taken from the interface while the
 // daemon runs, or the daemon does not start: no packet of an encrypted
 // connection ever comes where nobody receives it.
 func TestSomeQueues(t *testing.T) {
 	b := newBed(t, lab.Options{A: lab.EndOptions{Queues: 2}}, lab.ForwarderOptions{})
-	channels := func(i *lab.Iface, change func(*ethtool.Channels)) (c ethtool.Channels) {
-		t.Helper()
-		err := i.NS.Do(func() error {
-			tool, err := ethtool.NewEthtool()
-			if err != nil {
-				return err
-			}
-			defer tool.Close()
-			if c, err = tool.GetChannels(i.Name); err == nil && change != nil {
-				change(&c)
-				_, err = tool.SetChannels(i.Name, c)
-			}
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
-	}
 	// A veth wants a receive queue for every transmit queue of its peer.
-	channels(b.path.MidA, func(c *ethtool.Channels) { c.TxCount = 1 })
+	b.channels(b.path.MidA, func(c *ethtool.Channels) { c.TxCount = 1 })
 
 	a, z := b.daemon(b.path.A, "--queues", "0"), b.daemon(b.path.B)
 	if st, err := a.Status(b.ctx); err != nil || st.Mode != "copy" || len(st.Queues) != 1 || st.Queues[0].Queue != 0 {
 		t.Errorf("status %+v: %v", st, err)
 	}
-	if n := channels(b.path.A, nil).RxCount; n != 1 {
+	if n := b.channels(b.path.A, nil).RxCount; n != 1 {
 		t.Errorf("%d receive queues while one is served", n)
 	}
 	if !strings.Contains(a.Logs(), "1 receive queues instead of 2") {
@@ -104,7 +108,7 @@ func TestSomeQueues(t *testing.T) {
 	if err := a.Stop(); err != nil {
 		t.Error(err)
 	}
-	if n := channels(b.path.A, nil).RxCount; n != 2 {
+	if n := b.channels(b.path.A, nil).RxCount; n != 2 {
 		t.Errorf("%d receive queues after the end, there were 2", n)
 	}
 
@@ -113,8 +117,53 @@ func TestSomeQueues(t *testing.T) {
 	if !errors.As(err, &exit) || exit.ExitCode() != 2 || strings.Count(strings.TrimSpace(string(out)), "\n") != 0 || !strings.Contains(string(out), "only 1 are named") {
 		t.Errorf("the second queue alone, on a veth: %v\n%s", err, out)
 	}
-	if n := channels(b.path.A, nil).RxCount; n != 2 {
+	if n := b.channels(b.path.A, nil).RxCount; n != 2 {
 		t.Errorf("%d receive queues after a refused start", n)
+	}
+}
+
+// An interface that is given more queues while the daemon runs goes on receiving
+// on those that have a socket, and has its new ones when the daemon has ended.
+// Where that cannot be, the log says what to do.
+func TestQueuesAdded(t *testing.T) {
+	b := newBed(t, lab.Options{A: lab.EndOptions{Queues: 2}}, lab.ForwarderOptions{})
+	b.channels(b.path.MidA, func(c *ethtool.Channels) { c.TxCount = 1 })
+	b.channels(b.path.A, func(c *ethtool.Channels) { c.RxCount = 1 })
+	a, z := b.both()
+	client, server := b.connected()
+	more := func(c *ethtool.Channels) { c.RxCount = 2 }
+	for range 2 { // also the second time
+		b.channels(b.path.A, more)
+		b.eventually("the interface receives on the queue that is served", func() (string, bool) {
+			n := b.channels(b.path.A, nil).RxCount
+			return fmt.Sprintf("%d queues", n), n == 1
+		})
+	}
+	if err := swap(client, server, stream(1, 1<<20), stream(2, 1<<20)); err != nil {
+		t.Errorf("the connection that was open: %v", err)
+	}
+	if !strings.Contains(a.Logs(), "more receive queues") || strings.Contains(a.Logs(), "level=ERROR") {
+		t.Errorf("the log:\n%s", a.Logs())
+	}
+
+	// Its peer's transmit queues keep a veth from giving receive queues back.
+	b.channels(b.path.A, more)
+	b.channels(b.path.MidA, func(c *ethtool.Channels) { c.TxCount = 2 })
+	b.eventually("the log tells of the queues that are not served", func() (string, bool) {
+		return a.Logs(), strings.Contains(a.Logs(), "restart it")
+	})
+	b.channels(b.path.MidA, func(c *ethtool.Channels) { c.TxCount = 1 })
+	for _, c := range []net.Conn{client, server} {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	b.idle(a, z)
+	if err := a.Stop(); err != nil {
+		t.Error(err)
+	}
+	if n := b.channels(b.path.A, nil).RxCount; n != 2 {
+		t.Errorf("%d receive queues after the end, there were 2", n)
 	}
 }
 
