@@ -22,8 +22,8 @@ import (
 // metricsAddr is in each host's own network namespace.
 const metricsAddr = "127.0.0.1:9433"
 
-// outage is a time in which the daemon of a host was not what it should be. A
-// connection that it overlaps may be reset, or plain.
+// outage is a time in which the daemon of a host was gone. A connection that it
+// overlaps may be reset, or plain.
 type outage struct {
 	what       string
 	begin, end time.Time // end is zero while it lasts
@@ -140,10 +140,10 @@ func (h *host) kill(ctx context.Context, pause time.Duration) error {
 	return h.start(ctx)
 }
 
+// hang stops the daemon for a while. That is no outage: connections wait for it.
 func (h *host) hang(pause time.Duration) error {
+	h.log("hang of %s for %v", h.name, pause.Round(time.Millisecond))
 	d := h.daemon()
-	h.begin("hang of " + h.name)
-	defer h.over()
 	if err := d.Process.Signal(syscall.SIGSTOP); err != nil {
 		return err
 	}

@@ -110,8 +110,9 @@ func run(ctx context.Context, cfg config) error {
 	return s.report()
 }
 
-// churn runs the two eras: first daemons come and go, then they stay, so that
-// what they use can be compared.
+// churn runs the eras: first daemons hang, which no connection may suffer from
+// without a reason, then they also come and go, and then they stay, so that what
+// they use can be compared.
 func (s *soak) churn() {
 	ctx, cancel := context.WithTimeout(s.ctx, s.duration)
 	defer cancel()
@@ -125,9 +126,14 @@ func (s *soak) churn() {
 	wg.Go(func() { s.progress(ctx) })
 
 	rng := rand.New(rand.NewPCG(s.seed, 1001))
-	restless, stop := context.WithTimeout(ctx, s.duration*6/10)
-	s.disturb(restless, rng)
-	stop()
+	for _, era := range []struct {
+		share time.Duration // of the whole, percent
+		event func(*rand.Rand) error
+	}{{20, s.hang}, {40, s.outage}} {
+		restless, stop := context.WithTimeout(ctx, s.duration*era.share/100)
+		s.disturb(restless, rng, era.event)
+		stop()
+	}
 	s.log("the daemons stay from here on")
 	// Warm, so that what is kept for reuse is there.
 	s.calm(ctx, rng, s.duration/10)
@@ -140,43 +146,68 @@ func (s *soak) churn() {
 	wg.Wait()
 }
 
-// disturb makes daemons restart, die and hang until ctx is done. It leaves both
-// running.
-func (s *soak) disturb(ctx context.Context, rng *rand.Rand) {
+// disturb makes something happen now and then until ctx is done. It leaves both
+// daemons running.
+func (s *soak) disturb(ctx context.Context, rng *rand.Rand, event func(*rand.Rand) error) {
 	for wait(ctx, between(rng, s.duration/360, s.duration/90)) {
-		h := s.hosts[rng.IntN(2)]
-		pause := between(rng, 0, 3*time.Second)
-		var err error
-		// The context of the run, not of the era: a start is not cut short.
-		switch n := rng.IntN(10); {
-		case n < 3:
-			s.count(&s.sum.restarts)
-			err = h.restart(s.ctx, pause)
-		case n < 6:
-			s.count(&s.sum.kills)
-			err = h.kill(s.ctx, pause)
-		case n < 7:
-			// Both at once.
-			s.count(&s.sum.kills)
-			s.count(&s.sum.restarts)
-			var wg sync.WaitGroup
-			var other error
-			wg.Go(func() { other = s.hosts[0].kill(s.ctx, pause) })
-			err = s.hosts[1].restart(s.ctx, 0)
-			wg.Wait()
-			err = errors.Join(err, other)
-		case n < 9:
-			s.count(&s.sum.hangs)
-			err = h.hang(between(rng, 100*time.Millisecond, 5*time.Second))
-		default:
-			err = s.command(rng)
-		}
-		if err != nil {
+		// Also after ctx is done: a start is not cut short.
+		if err := event(rng); err != nil {
 			s.problem("%v", err)
-			if h.daemon() == nil {
-				return
+			for _, h := range s.hosts {
+				if h.daemon() == nil {
+					return
+				}
 			}
 		}
+	}
+}
+
+// hang stops a daemon for a while, or both.
+func (s *soak) hang(rng *rand.Rand) error {
+	s.count(&s.sum.hangs)
+	a, z := s.hosts[0], s.hosts[1]
+	long, short := between(rng, 100*time.Millisecond, 5*time.Second), between(rng, 100*time.Millisecond, 5*time.Second)
+	switch rng.IntN(5) {
+	case 0:
+		s.count(&s.sum.hangs)
+		var wg sync.WaitGroup
+		var other error
+		wg.Go(func() { other = a.hang(long) })
+		err := z.hang(short)
+		wg.Wait()
+		return errors.Join(err, other)
+	case 1, 2:
+		return a.hang(long)
+	default:
+		return z.hang(long)
+	}
+}
+
+// outage makes daemons restart, die and hang.
+func (s *soak) outage(rng *rand.Rand) error {
+	h := s.hosts[rng.IntN(2)]
+	pause := between(rng, 0, 3*time.Second)
+	switch n := rng.IntN(10); {
+	case n < 3:
+		s.count(&s.sum.restarts)
+		return h.restart(s.ctx, pause)
+	case n < 6:
+		s.count(&s.sum.kills)
+		return h.kill(s.ctx, pause)
+	case n < 7:
+		// Both at once.
+		s.count(&s.sum.kills)
+		s.count(&s.sum.restarts)
+		var wg sync.WaitGroup
+		var other error
+		wg.Go(func() { other = s.hosts[0].kill(s.ctx, pause) })
+		err := s.hosts[1].restart(s.ctx, 0)
+		wg.Wait()
+		return errors.Join(err, other)
+	case n < 9:
+		return s.hang(rng)
+	default:
+		return s.command(rng)
 	}
 }
 
