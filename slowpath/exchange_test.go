@@ -278,6 +278,46 @@ func TestSplitInit(t *testing.T) {
 	}
 }
 
+// An inner stack with a small receive buffer: its own window is all that is
+// promised behind the Init message, which itself fits however small that is.
+func TestSmallWindowIsNotExceeded(t *testing.T) {
+	const small = 1200
+	for _, extra := range []int{0, 5000} { // trailing bytes of the Init message
+		s := newScript(t, Config{MTU: 1500})
+		s.listening(crypto.TEPX25519)
+		s.inner(tcp{seq: localISS, ack: peerISS + 1, flags: packet.SYN | packet.ACK, wnd: small, opts: linuxSYN(1460, 11, 21)})
+		synAck := s.one(SendOuter)
+		o := readSYNOptions(synAck.Options())
+		s.localENO = bytes.Clone(o.option())
+		edge := int(synAck.Wnd)
+		if edge != small {
+			t.Errorf("SYN-ACK: window %d", edge)
+		}
+		s.outer(firstACK(true, 0, nil))
+		msg := trailing(s.init1(crypto.TEPX25519, false, nil), extra)
+		stream := append(bytes.Clone(msg), make([]byte, small)...)
+		const unit = 1 << 7 // of the window field, by which the edge may creep each time
+		creep := 0
+		for off, n := 0, 4; off < len(msg); off, n = off+n, 1000 {
+			if edge <= off {
+				t.Fatalf("edge %d at offset %d of a message of %d bytes", edge, off, len(msg))
+			}
+			n = min(n, edge-off, len(msg)-off)
+			s.outer(s.data(off, 0, stream[off:off+n]))
+			for _, p := range s.sent(SendOuter) {
+				edge = max(edge, int(p.Ack-peerISS-1)+int(p.Wnd)*unit)
+			}
+			creep += unit
+			if most := len(msg) + small + creep; edge >= most {
+				t.Errorf("edge %d after %d bytes of a message of %d", edge, off+n, len(msg))
+			}
+		}
+		if e := s.installed(); e.InnerWnd != small || e.RxEdge >= e.RxOffset+small+creep {
+			t.Errorf("installed with edge %d after offset %d, inner window %d", e.RxEdge, e.RxOffset, e.InnerWnd)
+		}
+	}
+}
+
 // Of two segments that differ where they overlap the first one counts.
 func TestOverlappingInit(t *testing.T) {
 	s := newScript(t, Config{})

@@ -145,10 +145,17 @@ func (f *flow) scaled(wnd uint16) int {
 }
 
 // window returns the window field to advertise and moves the right edge: it
-// never retreats (T13) and stays within the bounds of reassembly (T19).
+// never retreats (T13) and stays within the bounds of reassembly (T19). Behind
+// the Init message no more is promised than the inner stack did: Linux sizes its
+// segments by the largest window it saw, and waits for a timer with each that no
+// later window holds.
 func (f *flow) window() uint16 {
 	next := f.rxNext()
-	edge := max(f.rxEdge, min(next+openWindow, f.initLen+rxAhead-openWindow), next)
+	inner := f.initLen + f.innerWnd
+	if f.initLen == 0 {
+		inner = next + max(f.innerWnd, leastWindow)
+	}
+	edge := max(f.rxEdge, min(next+openWindow, f.initLen+rxAhead-openWindow, inner), next)
 	shift := uint8(0)
 	if f.local.hasWS && f.remote.hasWS {
 		shift = f.local.wscale

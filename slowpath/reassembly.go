@@ -9,6 +9,10 @@ const (
 	rxFair     = 4 << 10  // bytes of one flow for which there is room in any case: an Init message of usual length
 	maxRxSpans = 32       // pieces of one stream, the in-order one included
 	openWindow = 16 << 10 // most bytes advertised while half-open (T19)
+
+	// leastWindow is advertised whatever the inner stack's window, as long as
+	// the length of the Init message is not known.
+	leastWindow = 536
 )
 
 type span struct{ from, to int }

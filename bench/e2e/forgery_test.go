@@ -354,7 +354,7 @@ func TestForgedOnTheWire(t *testing.T) {
 			f.Ack += 5000
 			return [][]byte{bare(f)}
 		}, func(v *victim) bool {
-			s.eventually("the window is shut", func() (string, bool) { return "", tcpInfo(s, v.client).Snd_wnd == 0 })
+			s.eventually("the window is shut", func() (string, bool) { return "", tcpInfo(s.t, v.client).Snd_wnd == 0 })
 			return true
 		}, func(v *victim) [][]byte {
 			f := v.segment(frame.ACK, "")

@@ -94,28 +94,66 @@ func TestFastOpen(t *testing.T) {
 	}
 }
 
-// A server that never accepts in time, and one that waits for data before it
-// accepts (TCP_DEFER_ACCEPT), are served like any other (T18).
-func TestDeferAccept(t *testing.T) {
-	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
-	a, z := b.both()
-	var ln net.Listener
+// To a server whose receive buffer is smaller than a segment the kernel sends
+// segments that its windows hold, because it never saw a larger one. It would let
+// each of the others wait for a timer.
+func TestTinyReceiveBuffer(t *testing.T) {
+	eachIP(t, func(t *testing.T, v6 bool) {
+		b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+		a, z := b.both()
+		ip, _ := b.addr(v6)
+		ln := b.listenOption(ip.String(), unix.SOL_SOCKET, unix.SO_RCVBUF, 1)
+		const buffer = 2304 / 2 // what Linux makes of that, and the largest window
+		for i := range uint64(2) { // afresh and resumed
+			c, s, err := b.connectTo(ln, ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			defer s.Close()
+			if err := swap(c, s, stream(i, 50_000), stream(i+2, 50_000)); err != nil {
+				t.Fatal(err)
+			}
+			if n := tcpInfo(t, c).Snd_mss; n > buffer {
+				t.Errorf("connection %d: segments of %d bytes for a window of %d", i, n, buffer)
+			}
+			if err := carry(c, s, stream(i+4, 100), stream(i+6, 100)); err != nil {
+				t.Error(err)
+			}
+		}
+		b.idle(a, z)
+		b.encryptedOnly(a, z, 2)
+	})
+}
+
+// listenOption listens on B at an address, with a socket option set.
+func (b *bed) listenOption(ip string, level, name, value int) (ln net.Listener) {
+	b.t.Helper()
 	err := b.path.B.NS.Do(func() (err error) {
 		lc := net.ListenConfig{Control: func(_, _ string, rc syscall.RawConn) error {
 			var serr error
-			if err := rc.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 5) }); err != nil {
+			if err := rc.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), level, name, value) }); err != nil {
 				return err
 			}
 			return serr
 		}}
 		lc.SetMultipathTCP(false)
-		ln, err = lc.Listen(b.ctx, "tcp", net.JoinHostPort(b.path.B.Addr4().String(), "0"))
+		ln, err = lc.Listen(b.ctx, "tcp", net.JoinHostPort(ip, "0"))
 		return err
 	})
 	if err != nil {
-		t.Fatal(err)
+		b.t.Fatal(err)
 	}
-	defer ln.Close()
+	b.t.Cleanup(func() { ln.Close() })
+	return ln
+}
+
+// A server that never accepts in time, and one that waits for data before it
+// accepts (TCP_DEFER_ACCEPT), are served like any other (T18).
+func TestDeferAccept(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	ln := b.listenOption(b.path.B.Addr4().String(), unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 5)
 	msg := stream(9, 50000)
 	go func() {
 		for {

@@ -302,8 +302,8 @@ func (s *siege) dropped() (n uint64) {
 	return n
 }
 
-func tcpInfo(s *siege, c net.Conn) (info *unix.TCPInfo) {
-	s.t.Helper()
+func tcpInfo(t *testing.T, c net.Conn) (info *unix.TCPInfo) {
+	t.Helper()
 	raw, err := c.(*net.TCPConn).SyscallConn()
 	if err == nil {
 		var err2 error
@@ -311,7 +311,7 @@ func tcpInfo(s *siege, c net.Conn) (info *unix.TCPInfo) {
 		err = errors.Join(err, err2)
 	}
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 	return info
 }
@@ -396,12 +396,12 @@ func forgeries() []forgery {
 			return f.Append(nil)
 		}, func(s *siege, v *victim, wait bool) bool {
 			if wait {
-				s.eventually("the window is shut", func() (string, bool) { return "", tcpInfo(s, v.client).Snd_wnd == 0 })
+				s.eventually("the window is shut", func() (string, bool) { return "", tcpInfo(s.t, v.client).Snd_wnd == 0 })
 			}
-			return tcpInfo(s, v.client).Snd_wnd == 0
+			return tcpInfo(s.t, v.client).Snd_wnd == 0
 		}},
 		{"ICMP: packet too big", func(s *siege, v *victim) []byte { return tooBig(s, v) }, func(s *siege, v *victim, wait bool) bool {
-			small := func() bool { return tcpInfo(s, v.client).Pmtu < 1400 }
+			small := func() bool { return tcpInfo(s.t, v.client).Pmtu < 1400 }
 			if wait {
 				// The kernel looks at it when it sends the next time.
 				s.eventually("the path MTU falls", func() (string, bool) { return "", small() })
