@@ -103,7 +103,7 @@ func TestTinyReceiveBuffer(t *testing.T) {
 		a, z := b.both()
 		ip, _ := b.addr(v6)
 		ln := b.listenOption(ip.String(), unix.SOL_SOCKET, unix.SO_RCVBUF, 1)
-		const buffer = 2304 / 2 // what Linux makes of that, and the largest window
+		const buffer = 2304 / 2    // what Linux makes of that, and the largest window
 		for i := range uint64(2) { // afresh and resumed
 			c, s, err := b.connectTo(ln, ln.Addr().String())
 			if err != nil {
