@@ -16,6 +16,10 @@ const (
 	flowFree   // memory of the pool
 )
 
+// smallestSegment keeps an absurd MSS or window from cutting inner segments to
+// nothing, in bytes of data.
+const smallestSegment = 88
+
 // overhead is what a frame adds to the data it carries (invariant 7).
 const overhead = crypto.Overhead
 
@@ -85,8 +89,10 @@ type flow struct {
 	innerEdge uint64 // right edge of the inner stack's window
 	innerDups int
 	pieces    ring[piece]
-	cursor    int // piece that sntI lies in
-	inMSS     int // payload bytes of an inner segment
+	cursor    int    // piece that sntI lies in
+	inMSS     int    // most payload bytes of an inner segment
+	inSeg     int    // payload bytes of an inner segment, see sizeInner
+	edgeMaxI  uint64 // largest window that the inner stack showed
 	innerRTO  time.Duration
 	wndShownI uint64
 	wndMaxI   uint64 // largest window that the inner stack was shown
@@ -260,7 +266,7 @@ func (f *flow) init(est *slowpath.Established, now time.Duration) {
 	if f.tsOK {
 		f.inMSS -= 12
 	}
-	f.inMSS = max(f.inMSS, 88)
+	f.inMSS = max(f.inMSS, smallestSegment)
 	f.ctlRTO = max(minRTO, 3*est.RTT)
 	f.sealO = uint64(len(est.TxInit))
 	f.initO = f.sealO
@@ -272,8 +278,25 @@ func (f *flow) init(est *slowpath.Established, now time.Duration) {
 	f.ackSentO = f.nxtO
 	f.rxEdge = max(uint64(est.RxEdge), f.nxtO)
 	f.innerEdge = uint64(est.InnerWnd)
+	f.sizeInner(f.innerEdge)
 	f.innerUp = !est.Active || est.Crossed
 	f.wndMaxI = f.releasedWindow()
+}
+
+// sizeInner follows a window that the inner stack shows. Segments are no longer
+// than half of the largest one, as those of any sender to a small receive buffer
+// (RFC 9293 section 3.8.6.2.1): Linux opens its window by as much as the largest
+// segment that it saw, and with larger ones than the peer's it would stop at
+// windows for which the peer waits.
+func (f *flow) sizeInner(wnd uint64) {
+	if f.edgeMaxI > 0 && wnd <= f.edgeMaxI {
+		return
+	}
+	f.edgeMaxI = wnd
+	f.inSeg = f.inMSS
+	if wnd < 2*uint64(f.inMSS) {
+		f.inSeg = max(int(wnd/2), min(f.inMSS, smallestSegment))
+	}
 }
 
 // releasedWindow returns the window in bytes that the inner stack found in the

@@ -473,3 +473,46 @@ func TestCustodyLeavesChunks(t *testing.T) {
 		t.Errorf("delivered %d bytes of %d", len(r.got), len(want))
 	}
 }
+
+// To an inner stack with a small receive buffer no segment is longer than half of
+// the largest window that it showed, as none of the peer's is (RFC 9293 section
+// 3.8.6.2.1): neither a packet nor the pieces that a large one is cut into.
+func TestSegmentsForSmallReceiveBuffer(t *testing.T) {
+	const small, large = 1152, 20000
+	r := newRig(t, rigConfig{innerWnd: small, rxEdge: 1 << 16})
+	send := func(n int) (longest int) {
+		t.Helper()
+		r.forget()
+		at := int64(r.sealed)
+		r.outer(seg{o: at, data: r.seal(0, content(0, uint64(len(r.got)), n))})
+		for i := range r.ins {
+			p := &r.ins[i]
+			switch {
+			case p.vnet.GSOSize != 0:
+				longest = max(longest, int(p.vnet.GSOSize))
+			default:
+				longest = max(longest, p.Len())
+			}
+		}
+		return longest
+	}
+	for range 5 {
+		if n := send(1400); n != small/2 {
+			t.Errorf("segments of %d bytes for a window of %d", n, small)
+		}
+	}
+	if len(r.got) != 5*1400 {
+		t.Errorf("%d bytes arrived", len(r.got))
+	}
+	r.autoWnd = large
+	send(1)
+	if n := send(1430); n != 1430 {
+		t.Errorf("segments of %d bytes for a window of %d", n, large)
+	}
+	r.autoWnd = small
+	send(1)
+	if n := send(1152); n != 1152 {
+		t.Errorf("segments of %d bytes after the window was %d", n, large)
+	}
+	r.check()
+}

@@ -533,7 +533,9 @@ func (e *Engine) innerAcked(f *flow, s *packet.Segment, pure bool) {
 	if a < 0 || uint64(a) > f.sntMaxI {
 		return
 	}
-	edge := uint64(a) + uint64(s.Wnd)<<f.localShift
+	wnd := uint64(s.Wnd) << f.localShift
+	edge := uint64(a) + wnd
+	f.sizeInner(wnd)
 	if uint64(a) > f.innerAck {
 		f.innerAck = uint64(a)
 		f.innerDups = 0
@@ -621,10 +623,10 @@ func (e *Engine) deliverOne(f *flow) {
 	p := e.newInner()
 	first := f.seekPiece()
 	lim := int(min(f.innerEdge, f.dlvI) - f.sntI)
-	lim = min(lim, maxInnerPayload/f.inMSS*f.inMSS)
+	lim = min(lim, maxInnerPayload/f.inSeg*f.inSeg)
 	inPlace := false
 	if e.cfg.InnerChunks {
-		lim = min(lim, f.inMSS, e.chunkRoom())
+		lim = min(lim, f.inSeg, e.chunkRoom())
 		inPlace = f.fresh(first) && int(first.n) <= lim
 	}
 	mark := first.mark & markCE
@@ -638,7 +640,7 @@ func (e *Engine) deliverOne(f *flow) {
 			urg = first.urg - skip
 			flags |= packet.URG
 		}
-		lim = min(lim, f.inMSS, int(first.n)-int(skip))
+		lim = min(lim, f.inSeg, int(first.n)-int(skip))
 	}
 	if inPlace {
 		lim = int(first.n)

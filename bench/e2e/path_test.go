@@ -95,8 +95,8 @@ func TestFastOpen(t *testing.T) {
 }
 
 // To a server whose receive buffer is smaller than a segment the kernel sends
-// segments that its windows hold, because it never saw a larger one. It would let
-// each of the others wait for a timer.
+// segments that its windows hold, because it never saw a larger one, and as small
+// they arrive. It would let each of the others wait for a timer.
 func TestTinyReceiveBuffer(t *testing.T) {
 	eachIP(t, func(t *testing.T, v6 bool) {
 		b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
@@ -116,6 +116,9 @@ func TestTinyReceiveBuffer(t *testing.T) {
 			}
 			if n := tcpInfo(t, c).Snd_mss; n > buffer {
 				t.Errorf("connection %d: segments of %d bytes for a window of %d", i, n, buffer)
+			}
+			if n := tcpInfo(t, s).Rcv_mss; n > buffer/2 {
+				t.Errorf("connection %d: received in segments of %d bytes, with a window of %d", i, n, buffer)
 			}
 			if err := carry(c, s, stream(i+4, 100), stream(i+6, 100)); err != nil {
 				t.Error(err)
