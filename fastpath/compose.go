@@ -19,12 +19,18 @@ func putTS(o []byte, val, ecr uint32) {
 // rxTarget returns the outer right edge that the inner stack's window and the
 // frame in assembly call for (T13). To the inner window is added what frames of
 // the recent mean size take for themselves: a sender that may have one segment
-// on its way must not be short of it by a frame's overhead.
+// on its way must not be short of it by a frame's overhead. Of a small window two
+// frames are all: a sender that shows it to its own inner stack for larger ones
+// would make that believe in segments that no window holds.
 func (e *Engine) rxTarget(f *flow) uint64 {
 	t := f.nxtO - uint64(f.hdrN+f.asmHave) - f.opening
 	if f.innerEdge > f.dlvI {
 		w := min(f.innerEdge-f.dlvI, uint64(max(0, e.cfg.FlowBudget-f.kept())))
-		t += w + min((w+uint64(f.meanIn)-1)/uint64(f.meanIn)*overhead, maxFrameRoom)
+		mean := uint64(f.meanIn)
+		if w < 2*uint64(f.inMSS) {
+			mean = max(mean, w/2)
+		}
+		t += w + min((w+mean-1)/mean*overhead, maxFrameRoom)
 	}
 	// The rest of a frame is let in whatever the inner window, once all
 	// plaintext before it was passed on: a frame may be larger than the
