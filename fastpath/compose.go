@@ -120,14 +120,14 @@ func (e *Engine) innerWindow(f *flow) uint64 {
 	if f.held {
 		return 0
 	}
-	room := 0
+	room, m := 0, f.innerSegment()
 	if f.edgeO > f.sealO {
 		edge := int(min(f.edgeO-f.sealO, 1<<30))
 		room = int(uint64(edge) * uint64(f.meanData) / uint64(f.meanData+overhead))
 		// The inner stack sends whole segments. One that is too long for the
 		// window by a frame's overhead, or by more while nothing is under way,
 		// would be waited for until a timer fires; the rest can be held.
-		if m := f.innerSegment(); room < m && (edge >= m || edge >= m/2 && f.unaO == f.sealO) {
+		if room < m && (edge >= m || edge >= m/2 && f.unaO == f.sealO) {
 			room = m
 		}
 	}
@@ -137,9 +137,13 @@ func (e *Engine) innerWindow(f *flow) uint64 {
 	room = max(0, min(room, e.cfg.FlowBudget-f.txBytes, e.buf.room()/4))
 	flight := f.sealI - f.ackI
 	wnd := (flight + uint64(room)) >> f.remoteShift
-	if room > 0 && wnd<<f.remoteShift <= flight {
-		// Rounding must not close a window that is open: what does not fit
-		// the peer's can be held.
+	least := 1
+	if room >= m {
+		least = m
+	}
+	if room > 0 && wnd<<f.remoteShift < flight+uint64(least) {
+		// Rounding must not close a window that is open, nor make it shorter
+		// than a segment: what does not fit the peer's can be held.
 		wnd++
 	}
 	return min(wnd, 65535)
