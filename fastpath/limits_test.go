@@ -516,3 +516,21 @@ func TestSegmentsForSmallReceiveBuffer(t *testing.T) {
 	}
 	r.check()
 }
+
+// A peer's window that holds a segment is shown as one that does, whatever the
+// unit of the window field: the inner stack would wait for a timer otherwise.
+func TestShownWindowHoldsSegment(t *testing.T) {
+	for _, shift := range []uint8{1, 7, 10, 14} {
+		for units := 1; units <= 4096>>shift+1; units += 1 + 64>>shift {
+			edge := units << shift
+			r := newRig(t, rigConfig{shift: shift, peerWnd: edge, chunks: 64})
+			segment := r.f.innerSegment()
+			if edge < segment {
+				continue
+			}
+			if shown := int(r.e.innerWindow(r.f)) << shift; shown < segment || shown > max(edge, segment+1<<shift) {
+				t.Errorf("shift %d: %d bytes shown of %d, for segments of %d", shift, shown, edge, segment)
+			}
+		}
+	}
+}
