@@ -261,7 +261,7 @@ func (e *Engine) finishInner(f *flow, p *InnerPacket, h *packet.Header, n int) {
 	l3, l4 := f.inner.L3(), f.inner.L4()
 	packet.PartialChecksum(p.buf[xdp.VnetHdrLen:], l3, l4, hl-l4+n, f.inner.V6())
 	v := xdp.VnetHdr{Flags: xdp.VnetNeedsCsum, CsumStart: uint16(l4), CsumOffset: 16}
-	if n > f.inSeg {
+	if n > int(f.inSeg) {
 		v.GSOType = xdp.VnetGSOTCPv4
 		if f.inner.V6() {
 			v.GSOType = xdp.VnetGSOTCPv6

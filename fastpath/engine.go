@@ -693,7 +693,7 @@ func (e *Engine) outerSegment(f *flow, s *packet.Segment, src source) {
 	f.unheard = false
 	if n > 0 {
 		// A device may have merged several segments.
-		f.rcvMSS = max(f.rcvMSS, min(int(n), f.inMSS))
+		f.rcvMSS = max(f.rcvMSS, min(int(n), int(f.inMSS)))
 		if s.Flags&packet.CWR != 0 {
 			f.eceLatch = false
 			f.rxCWR = true

@@ -87,12 +87,12 @@ type flow struct {
 	sntMaxI   uint64
 	innerAck  uint64 // acknowledged by the inner stack
 	innerEdge uint64 // right edge of the inner stack's window
-	innerDups int
+	innerDups int32
+	innerWnd  uint32 // largest window that the inner stack showed
 	pieces    ring[piece]
-	cursor    int    // piece that sntI lies in
-	inMSS     int    // most payload bytes of an inner segment
-	inSeg     int    // payload bytes of an inner segment, see sizeInner
-	edgeMaxI  uint64 // largest window that the inner stack showed
+	cursor    int   // piece that sntI lies in
+	inMSS     int32 // most payload bytes of an inner segment
+	inSeg     int32 // payload bytes of an inner segment, see sizeInner
 	innerRTO  time.Duration
 	wndShownI uint64
 	wndMaxI   uint64 // largest window that the inner stack was shown
@@ -257,7 +257,7 @@ func (f *flow) init(est *slowpath.Established, now time.Duration) {
 		tsOK: est.TSOK, sackOK: est.SACKOK, wsOK: est.WScaleOK, ecnOK: est.ECNOK,
 		tsLocal: est.TSLocal, tsRemote: est.TSRemote, tsRemoteEcr: est.TSLocal,
 		outer: est.OuterTmpl, inner: est.InnerTmpl,
-		outMSS: est.PeerMSS, inMSS: est.InnerMSS, meanData: 1400, meanIn: 1400, rcvMSS: 536,
+		outMSS: est.PeerMSS, inMSS: int32(est.InnerMSS), meanData: 1400, meanIn: 1400, rcvMSS: 536,
 		holdRTO: minRTO, ctlRTO: minRTO, innerRTO: minRTO,
 	}
 	if est.WScaleOK {
@@ -278,7 +278,7 @@ func (f *flow) init(est *slowpath.Established, now time.Duration) {
 	f.ackSentO = f.nxtO
 	f.rxEdge = max(uint64(est.RxEdge), f.nxtO)
 	f.innerEdge = uint64(est.InnerWnd)
-	f.sizeInner(f.innerEdge)
+	f.sizeInner(uint32(est.InnerWnd))
 	f.innerUp = !est.Active || est.Crossed
 	f.wndMaxI = f.releasedWindow()
 }
@@ -288,15 +288,12 @@ func (f *flow) init(est *slowpath.Established, now time.Duration) {
 // (RFC 9293 section 3.8.6.2.1): Linux opens its window by as much as the largest
 // segment that it saw, and with larger ones than the peer's it would stop at
 // windows for which the peer waits.
-func (f *flow) sizeInner(wnd uint64) {
-	if f.edgeMaxI > 0 && wnd <= f.edgeMaxI {
+func (f *flow) sizeInner(wnd uint32) {
+	if f.innerWnd > 0 && wnd <= f.innerWnd {
 		return
 	}
-	f.edgeMaxI = wnd
-	f.inSeg = f.inMSS
-	if wnd < 2*uint64(f.inMSS) {
-		f.inSeg = max(int(wnd/2), min(f.inMSS, smallestSegment))
-	}
+	f.innerWnd = wnd
+	f.inSeg = min(f.inMSS, max(int32(wnd/2), smallestSegment))
 }
 
 // releasedWindow returns the window in bytes that the inner stack found in the

@@ -533,8 +533,8 @@ func (e *Engine) innerAcked(f *flow, s *packet.Segment, pure bool) {
 	if a < 0 || uint64(a) > f.sntMaxI {
 		return
 	}
-	wnd := uint64(s.Wnd) << f.localShift
-	edge := uint64(a) + wnd
+	wnd := uint32(s.Wnd) << f.localShift
+	edge := uint64(a) + uint64(wnd)
 	f.sizeInner(wnd)
 	if uint64(a) > f.innerAck {
 		f.innerAck = uint64(a)
@@ -623,10 +623,11 @@ func (e *Engine) deliverOne(f *flow) {
 	p := e.newInner()
 	first := f.seekPiece()
 	lim := int(min(f.innerEdge, f.dlvI) - f.sntI)
-	lim = min(lim, maxInnerPayload/f.inSeg*f.inSeg)
+	segment := int(f.inSeg)
+	lim = min(lim, maxInnerPayload/segment*segment)
 	inPlace := false
 	if e.cfg.InnerChunks {
-		lim = min(lim, f.inSeg, e.chunkRoom())
+		lim = min(lim, segment, e.chunkRoom())
 		inPlace = f.fresh(first) && int(first.n) <= lim
 	}
 	mark := first.mark & markCE
@@ -640,7 +641,7 @@ func (e *Engine) deliverOne(f *flow) {
 			urg = first.urg - skip
 			flags |= packet.URG
 		}
-		lim = min(lim, f.inSeg, int(first.n)-int(skip))
+		lim = min(lim, segment, int(first.n)-int(skip))
 	}
 	if inPlace {
 		lim = int(first.n)
