@@ -681,10 +681,17 @@ func (h *Host) leftovers(g *xdp.Guard, left []xdp.FlowKey) {
 // ends.
 func (h *Host) watch() {
 	defer close(h.done)
+	stop, mended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(mended)
+		h.mend(stop)
+	}()
+	defer func() {
+		close(stop)
+		<-mended
+	}()
 	beat := time.NewTicker(beatEvery)
 	defer beat.Stop()
-	mend := time.NewTicker(mendEvery)
-	defer mend.Stop()
 	ended := make(chan *worker, len(h.workers))
 	for _, w := range h.workers {
 		go func() {
@@ -730,10 +737,6 @@ func (h *Host) watch() {
 				h.cache.Expire(time.Since(h.start))
 			}
 			continue
-		case <-mend.C:
-			h.mend()
-			h.mendQueues()
-			continue
 		case w := <-ended:
 			h.err = w.err
 		}
@@ -741,9 +744,27 @@ func (h *Host) watch() {
 	}
 }
 
-// mend sees to it that the guard's filters stay on the interface. Without them
-// nothing that is injected would reach a socket, or all that is forged would.
-func (h *Host) mend() {
+// mend puts right, until stop is closed, what other programs change. It has a
+// goroutine of its own: what it asks the kernel for waits while any device of the
+// machine is being configured (the RTNL lock), for seconds with some drivers, and
+// the heartbeat must not.
+func (h *Host) mend(stop <-chan struct{}) {
+	tick := time.NewTicker(mendEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			h.mendGuard()
+			h.mendQueues()
+		case <-stop:
+			return
+		}
+	}
+}
+
+// mendGuard sees to it that the guard's filters stay on the interface. Without
+// them nothing that is injected would reach a socket, or all that is forged would.
+func (h *Host) mendGuard() {
 	gone, err := h.guard.Mend()
 	switch {
 	case errors.Is(err, unix.ENODEV):

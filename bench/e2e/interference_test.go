@@ -4,13 +4,16 @@ import (
 	"bytes"
 	"errors"
 	"net"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 )
 
@@ -288,4 +291,62 @@ func TestSSHAcrossDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	all("both gone")
+}
+
+// While a device is configured for seconds, on which other requests to the kernel
+// wait, the daemon works on and is not taken for hung.
+func TestConfigurationTakesLong(t *testing.T) {
+	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+	a, z := b.both()
+	ln := b.listenOption(b.path.B.Addr4().String(), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	client, server, err := b.connectTo(ln, ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	defer server.Close()
+	release, err := b.path.MidA.HoldConfiguration(20 * time.Second)
+	if errors.Is(err, unix.ENOSYS) {
+		t.Skip("the kernel has no userfaultfd")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	// Longer than the daemons are without such a request, and than the BPF
+	// programs wait for a heartbeat.
+	for end := time.After(3 * time.Second); end != nil; {
+		if err := swap(client, server, stream(1, 10_000), stream(2, 10_000)); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-end:
+			end = nil
+		default:
+		}
+	}
+	another, accepted, err := b.connectTo(ln, ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer another.Close()
+	defer accepted.Close()
+	if err := carry(another, accepted, stream(3, 10_000), stream(4, 10_000)); err != nil {
+		t.Error(err)
+	}
+	if err := release(); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []*daemon.Daemon{a, z} {
+		for name, n := range b.stats(d).Counters {
+			if strings.HasSuffix(name, "_stale") && n > 0 {
+				t.Errorf("%s %d", name, n)
+			}
+		}
+	}
+	if err := carry(client, server, stream(5, 10_000), stream(6, 10_000)); err != nil {
+		t.Error(err)
+	}
+	b.idle(a, z)
+	b.encryptedOnly(a, z, 2)
 }
