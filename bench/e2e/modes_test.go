@@ -142,7 +142,10 @@ func TestQueuesAdded(t *testing.T) {
 	if err := swap(client, server, stream(1, 1<<20), stream(2, 1<<20)); err != nil {
 		t.Errorf("the connection that was open: %v", err)
 	}
-	if !strings.Contains(a.Logs(), "more receive queues") || strings.Contains(a.Logs(), "level=ERROR") {
+	b.eventually("the log tells of it", func() (string, bool) {
+		return a.Logs(), strings.Contains(a.Logs(), "more receive queues")
+	})
+	if strings.Contains(a.Logs(), "level=ERROR") {
 		t.Errorf("the log:\n%s", a.Logs())
 	}
 
