@@ -27,7 +27,7 @@ import (
 )
 
 func main() {
-	segments := flag.String("segments", "1e7", "how many segments a bug may survive")
+	segments := flag.String("segments", "3e7", "how many segments a bug may survive")
 	run := flag.String("run", "", "only the bugs whose names match")
 	flag.Parse()
 	if err := plantAll(*segments, *run); err != nil {
