@@ -354,10 +354,11 @@ func (h *Host) concentrate(queues []int, have int) error {
 	return err
 }
 
-// keepTo makes a NIC receive on the given queues alone until detach.
+// keepTo makes a NIC receive on the given queues alone until detach, which puts
+// back what was there the first time: later it may be of this program's making.
 func (h *Host) keepTo(iface string, queues []int) (how string, err error) {
 	how, restore, err := xdp.Concentrate(iface, queues)
-	if err == nil {
+	if err == nil && h.restoreQueues[iface] == nil {
 		h.restoreQueues[iface] = restore
 	}
 	return how, err
