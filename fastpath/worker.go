@@ -89,6 +89,18 @@ type port struct {
 	sock   *xdp.Socket
 	handed uint64 // packets that went on to other workers
 	multi  []byte // a packet of several buffers, as far as it was received
+	old    aged
+}
+
+// aged is how many of the packets that wait at a port may be there since before
+// the worker's thread stood still.
+type aged int
+
+// taken notes that n packets were taken of at most most.
+func (a *aged) taken(n, most int) {
+	if *a -= aged(n); n < most || *a < 0 {
+		*a = 0
+	}
 }
 
 // worker owns one engine, its UMEM and its ports, and the slow path of their
@@ -120,8 +132,8 @@ type worker struct {
 	nics         int // of them, those of NIC queues, which come first
 
 	looked  time.Duration // when the ports were looked at
-	stalled bool          // what waits at the ports may be out of date
-	more    bool          // a port had as much as is taken in a round
+	stalled bool          // what was taken from the ports may be out of date
+	tapOld  aged
 
 	st workerStats
 }
@@ -253,7 +265,6 @@ func (w *worker) run() {
 	for !w.stop.Load() {
 		w.st.rounds++
 		w.notice()
-		w.more = false
 		w.pulse.Add(1)
 		w.collect()
 		n := w.outerVector()
@@ -262,7 +273,7 @@ func (w *worker) run() {
 		n += w.handedOver()
 		w.timers()
 		busy := w.slow.round(w.now())
-		w.stalled = w.stalled && w.more
+		w.stalled = w.stalled && w.old()
 		w.transmit()
 		w.publish()
 		if w.err != nil {
@@ -299,7 +310,32 @@ func (w *worker) notice() {
 	}
 	w.st.stalls++
 	w.stalled = true
+	for i := range w.ports {
+		w.ports[i].old = ringSize
+	}
+	for i := range w.inner {
+		w.inner[i].old = ringSize
+	}
+	if w.tap != nil {
+		w.tapOld = xdp.TAPQueueLen
+	}
 	w.slow.stalled(gap)
+}
+
+// old reports whether something may still wait at a port since before the thread
+// stood still.
+func (w *worker) old() bool {
+	for i := range w.ports {
+		if w.ports[i].old > 0 {
+			return true
+		}
+	}
+	for i := range w.inner {
+		if w.inner[i].old > 0 {
+			return true
+		}
+	}
+	return w.tapOld > 0
 }
 
 // yield gives the CPU to whoever else wants it: a worker that shares its CPU
@@ -318,12 +354,12 @@ func (w *worker) outerVector() int {
 			p.sock.Drive()
 		}
 		n := p.sock.Receive(w.descs)
+		p.old.taken(n, len(w.descs))
 		if n == 0 {
 			continue
 		}
 		w.port = k
 		total += n
-		w.more = w.more || n == len(w.descs)
 		v := w.descs[:n]
 		for i := range v {
 			if v[i].Options&xdp.OptionContinued != 0 || len(p.multi) > 0 {
@@ -345,11 +381,11 @@ func (w *worker) innerPorts() int {
 			p.sock.Drive()
 		}
 		n := p.sock.Receive(w.descs)
+		p.old.taken(n, len(w.descs))
 		if n == 0 {
 			continue
 		}
 		total += n
-		w.more = w.more || n == len(w.descs)
 		v := w.descs[:n]
 		for i := range v {
 			if v[i].Options&xdp.OptionContinued != 0 || len(p.multi) > 0 {
@@ -403,6 +439,7 @@ func (w *worker) innerVector() int {
 		w.supers[n] = w.bufs[n][:k]
 		n++
 	}
+	w.tapOld.taken(n, tapReads)
 	if n > 0 {
 		now := w.now()
 		w.eng.InnerVec(w.supers[:n], now)

@@ -23,10 +23,10 @@ const MaxTAPPacket = VnetHdrLen + 14 + 4 + 40 + 65535
 const MaxTAPMTU = 65535 - 14
 
 const (
-	// tapQueueLen is the number of packets, of up to 64 KiB, that wait in the
-	// kernel for a worker: there is no backpressure, and at the usual 1000 a
-	// stall of 400 ms loses thousands.
-	tapQueueLen = 10000
+	// TAPQueueLen is the number of packets, of up to 64 KiB, that wait in the
+	// kernel for the reader of a queue: there is no backpressure, and at the
+	// usual 1000 a stall of 400 ms loses thousands.
+	TAPQueueLen = 10000
 
 	// maxPieces is the number of slices that one packet may be written from.
 	maxPieces = 512
@@ -92,7 +92,7 @@ func OpenTAP(cfg TAPConfig) (_ *TAP, err error) {
 			return nil, fmt.Errorf("set MTU %d: %w", cfg.MTU, err)
 		}
 	}
-	if err := netlink.LinkSetTxQLen(link, tapQueueLen); err != nil {
+	if err := netlink.LinkSetTxQLen(link, TAPQueueLen); err != nil {
 		return nil, fmt.Errorf("set transmit queue length: %w", err)
 	}
 	if err := netlink.LinkSetUp(link); err != nil {

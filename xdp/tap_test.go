@@ -23,7 +23,7 @@ func TestTAPDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := dev.Attrs()
-	if a.Name != "tcpcrypt0" || a.Index != tap.Ifindex() || a.MTU != 9000 || a.TxQLen != tapQueueLen || a.RawFlags&unix.IFF_UP == 0 {
+	if a.Name != "tcpcrypt0" || a.Index != tap.Ifindex() || a.MTU != 9000 || a.TxQLen != TAPQueueLen || a.RawFlags&unix.IFF_UP == 0 {
 		t.Errorf("%+v", a)
 	}
 	if b, err := os.ReadFile("/proc/sys/net/ipv6/conf/tcpcrypt0/disable_ipv6"); err != nil || string(b) != "1\n" {

@@ -155,6 +155,51 @@ func TestHungConnect(t *testing.T) {
 	}
 }
 
+// So it is with many of them, more than are taken from a queue at once.
+func TestHungConnects(t *testing.T) {
+	const connections = 400
+	for _, inwards := range []bool{false, true} {
+		t.Run(map[bool]string{false: "outwards", true: "inwards"}[inwards], func(t *testing.T) {
+			b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
+			a, _ := b.both()
+			opener := b
+			if inwards {
+				opener = b.turned()
+			}
+			ln := opener.echoAt(false)
+			for waiting := uint64(0); waiting < connections/2; {
+				// Again, if most SYNs came when the programs had noticed.
+				taken, stale := b.taken(a), b.stats(a).Counters["stale_syns"]
+				b.halt(a)
+				var pending []<-chan dialled
+				for range connections {
+					pending = append(pending, opener.dialling(ln))
+				}
+				var cs []net.Conn
+				for _, p := range pending {
+					d := <-p
+					if d.err != nil {
+						t.Fatal(d.err)
+					}
+					opener.guarded(d.c)
+					cs = append(cs, d.c)
+				}
+				b.resume(a)
+				waiting = b.taken(a) - taken
+				b.eventually("the SYNs are dropped", func() (string, bool) {
+					n := b.stats(a).Counters["stale_syns"] - stale
+					return fmt.Sprintf("%d of %d", n, waiting), n == waiting
+				})
+				for i, c := range cs {
+					opener.echoed(c, stream(uint64(i), 100))
+					c.Close()
+				}
+				b.encryptsAgain(a, false)
+			}
+		})
+	}
+}
+
 // Where encryption is required the retransmission is refused instead.
 func TestHungRequire(t *testing.T) {
 	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})

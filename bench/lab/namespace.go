@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -242,6 +244,38 @@ func (n *Namespace) DialFrom(ctx context.Context, network string, local net.Addr
 		return err
 	})
 	return c, err
+}
+
+// DialBound is Dial from a port of ip that is taken before the connection is
+// opened, so that local is known also when that fails.
+func (n *Namespace) DialBound(ctx context.Context, network string, ip netip.Addr, address string) (c net.Conn, local netip.AddrPort, err error) {
+	bind := func(fd int) error {
+		var sa unix.Sockaddr = &unix.SockaddrInet6{Addr: ip.As16()}
+		if ip.Is4() {
+			sa = &unix.SockaddrInet4{Addr: ip.As4()}
+		}
+		if err := unix.Bind(fd, sa); err != nil {
+			return os.NewSyscallError("bind", err)
+		}
+		sa, err := unix.Getsockname(fd)
+		switch sa := sa.(type) {
+		case *unix.SockaddrInet4:
+			local = netip.AddrPortFrom(ip, uint16(sa.Port))
+		case *unix.SockaddrInet6:
+			local = netip.AddrPortFrom(ip, uint16(sa.Port))
+		}
+		return os.NewSyscallError("getsockname", err)
+	}
+	err = n.Do(func() error {
+		d := net.Dialer{Control: func(_, _ string, rc syscall.RawConn) (err error) {
+			cerr := rc.Control(func(fd uintptr) { err = bind(int(fd)) })
+			return errors.Join(cerr, err)
+		}}
+		d.SetMultipathTCP(false)
+		c, err = d.DialContext(ctx, network, address)
+		return err
+	})
+	return c, local, err
 }
 
 // Listens reports whether a socket of the namespace listens on a TCP port, of

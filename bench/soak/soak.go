@@ -376,24 +376,24 @@ func (s *soak) connection(i int, p *plan, ask bool) {
 		s.mu.Unlock()
 	}()
 	from, to := s.hosts[i], s.hosts[1-i]
-	addr := to.iface.Addr4()
+	source, addr := from.iface.Addr4(), to.iface.Addr4()
 	if p.v6 {
-		addr = to.iface.Addr6()
+		source, addr = from.iface.Addr6(), to.iface.Addr6()
 	}
 	begin := time.Now()
 	s.active.Add(1)
 	defer s.active.Add(-1)
 	ctx, cancel := context.WithTimeout(s.ctx, patience)
 	defer cancel()
-	c, err := from.iface.NS.Dial(ctx, "tcp", net.JoinHostPort(addr.String(), strconv.Itoa(p.port)))
+	c, port, err := from.iface.NS.DialBound(ctx, "tcp", source, net.JoinHostPort(addr.String(), strconv.Itoa(p.port)))
+	local := port.String()
 	if err != nil {
 		if ctx.Err() != nil {
 			err = fmt.Errorf("%w: connect", errStalled)
 		}
-		s.judge(i, p, begin, "", err, nil)
+		s.judge(i, p, begin, local, err, nil)
 		return
 	}
-	local := c.LocalAddr().String()
 	if ask && p.port == portEncrypted {
 		s.ask(i, p, c)
 	}
