@@ -51,7 +51,7 @@ type soak struct {
 	plans    map[uint64]*plan
 	results  map[uint64]chan error // of the servers
 	secret   map[uint64]string     // connections that were seen to be encrypted, and how
-	leaked   map[uint64]string     // connections whose stream was seen on the wire, and where first
+	leaked   map[sighting]string   // connections whose stream was seen on the wire, and where first
 	problems []string
 	sum      summary
 }
@@ -83,7 +83,7 @@ func run(ctx context.Context, cfg config) error {
 	defer l.Close()
 	s := &soak{
 		config: cfg, ctx: ctx, begin: time.Now(),
-		plans: make(map[uint64]*plan), results: make(map[uint64]chan error), secret: make(map[uint64]string), leaked: make(map[uint64]string),
+		plans: make(map[uint64]*plan), results: make(map[uint64]chan error), secret: make(map[uint64]string), leaked: make(map[sighting]string),
 		sum: summary{disturbances: make(map[string]uint64), explanations: make(map[string]uint64)},
 	}
 	if s.path, err = l.Middle(lab.Options{Neighbours: true}); err != nil {
@@ -268,6 +268,13 @@ func (s *soak) weather(ctx context.Context, rng *rand.Rand) {
 	}
 }
 
+// sighting is the beginning of a stream in clear. The connection's ends belong to
+// it: the wire may have made another number of that of a plain connection.
+type sighting struct {
+	id       uint64
+	from, to string // as packet.FromOuter has them
+}
+
 // watch looks on the wire for streams of connections that are encrypted.
 func (s *soak) watch(l lab.Link, d lab.Dir, b []byte) {
 	if l != lab.LinkA {
@@ -282,10 +289,10 @@ func (s *soak) watch(l lab.Link, d lab.Dir, b []byte) {
 	if i < 0 || len(p)-i < headerSize {
 		return
 	}
-	id := binary.BigEndian.Uint64(p[i+8:])
+	at := sighting{binary.BigEndian.Uint64(p[i+8:]), seg.Key.LocalAddr().String(), seg.Key.RemoteAddr().String()}
 	s.mu.Lock()
-	if s.leaked[id] == "" {
-		s.leaked[id] = fmt.Sprintf("%v %v flags %#x seq %d, %d bytes, at %v", d, seg.Key, seg.Flags, seg.Seq, seg.Len(), time.Since(s.begin))
+	if s.leaked[at] == "" {
+		s.leaked[at] = fmt.Sprintf("%v %v flags %#x seq %d, %d bytes, at %v", d, seg.Key, seg.Flags, seg.Seq, seg.Len(), time.Since(s.begin))
 	}
 	s.mu.Unlock()
 }
@@ -451,9 +458,13 @@ func (s *soak) judge(i int, p *plan, begin time.Time, local string, client, serv
 		return // all were ended in the middle of something
 	}
 	s.mu.Lock()
-	asked, leaked := s.secret[p.id], s.leaked[p.id]
+	ends := []string{local, net.JoinHostPort(s.addr(1-i, p.v6), strconv.Itoa(p.port))}
+	asked, leaked := s.secret[p.id], ""
 	delete(s.secret, p.id)
-	delete(s.leaked, p.id)
+	for _, at := range []sighting{{p.id, ends[0], ends[1]}, {p.id, ends[1], ends[0]}} {
+		leaked += s.leaked[at]
+		delete(s.leaked, at)
+	}
 	s.mu.Unlock()
 	if asked != "" && leaked != "" {
 		s.problem("connection %+v from %s %s was encrypted (%s), and its stream is on the wire: %s", *p, s.hosts[i].name, local, asked, leaked)
@@ -488,10 +499,9 @@ func (s *soak) judge(i int, p *plan, begin time.Time, local string, client, serv
 		}
 	}
 	// Nobody touched the daemons: one of them has to say why.
-	remote := net.JoinHostPort(s.addr(1-i, p.v6), strconv.Itoa(p.port))
-	why := s.hosts[i].reason(s.ctx, local, remote)
+	why := s.hosts[i].reason(s.ctx, ends[0], ends[1])
 	if why == "" {
-		why = s.hosts[1-i].reason(s.ctx, remote, local)
+		why = s.hosts[1-i].reason(s.ctx, ends[1], ends[0])
 	}
 	if why == "" {
 		s.problem("connection %+v from %s %s after %v: no reason is known: client: %v, server: %v", *p, s.hosts[i].name, local, time.Since(begin), client, server)
