@@ -738,6 +738,9 @@ func (e *Engine) outerAck(f *flow, s *packet.Segment, o uint64, a, n int64) {
 			}
 		}
 	}
+	if s.NSACK > 0 {
+		e.controlLost(f, s)
+	}
 	// True duplicates, and whatever carries SACK blocks, are shown to the
 	// inner stack one by one: its loss recovery counts them.
 	sack := f.mapSACK(s, e.sackOpt[:packet.MaxOptions-12*b2i(f.tsOK)])

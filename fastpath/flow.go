@@ -150,6 +150,7 @@ type flow struct {
 	sess     *crypto.Session
 	release  []byte
 
+	ctlAgainAt  time.Duration // not before, SACK blocks have control bytes sent again
 	challengeAt time.Duration // start of the current second of challenge ACKs
 	challengeN  int
 

@@ -131,6 +131,54 @@ func TestRekeyResent(t *testing.T) {
 	}
 }
 
+// One that data follows is sent again as soon as the peer says that it has the
+// data, once a round trip: a SACK block that begins where it acknowledges cannot be
+// shown to the inner stack.
+func TestRekeyLostBeforeData(t *testing.T) {
+	r := newRig(t, rigConfig{sack: true})
+	r.e.Rekey(nil, r.now)
+	r.drain()
+	r.inner(seg{data: content(0, 0, 100)})
+	sent := withData(r.outs)
+	if len(sent) != 2 {
+		t.Fatalf("%d segments", len(sent))
+	}
+	end := sent[1].o + int64(sent[1].Len())
+	resent := func() (n int) {
+		for _, p := range withData(r.outs) {
+			if p.o != 0 || string(p.Payload()) != string(sent[0].Payload()) {
+				t.Errorf("%d bytes at %d are sent", p.Len(), p.o)
+			}
+			n++
+		}
+		r.forget()
+		return n
+	}
+	r.forget()
+	for _, sack := range [][2]int64{{end, end + 10}, {0, sent[1].o}} {
+		r.outer(seg{ack: -1, sack: [][2]int64{sack}})
+		if n := resent(); n != 0 {
+			t.Errorf("%d segments for the block %d", n, sack)
+		}
+	}
+	whole := seg{ack: -1, sack: [][2]int64{{sent[1].o, end}}}
+	for round := range 2 {
+		for k := range 3 {
+			r.outer(whole)
+			if n := resent(); n != b2i(k == 0) {
+				t.Errorf("round %d: %d segments for the SACK %d", round, n, k)
+			}
+		}
+		r.advance(100 * time.Millisecond)
+		r.forget()
+	}
+	// What is lost with its data is the inner stack's to send again.
+	r.outer(seg{ack: -1, sack: [][2]int64{{sent[1].o + 50, end}}})
+	if n := resent(); n != 0 {
+		t.Errorf("%d segments, although data is lost, too", n)
+	}
+}
+
 // A keep-alive of the inner stack becomes an initiation (TC 3.9). Only a frame
 // of the new generation is an answer: a bare ACK, which anyone can forge, and a
 // frame of the old one are not.

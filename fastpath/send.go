@@ -2,6 +2,7 @@ package fastpath
 
 import (
 	"encoding/binary"
+	"math"
 	"math/bits"
 	"sort"
 	"time"
@@ -13,7 +14,13 @@ import (
 // The sending half: the inner stack stays in charge of what is sent when; this
 // maps its bytes to frames, once each, and resends what was stored.
 
-const maxBacklog = 64
+const (
+	maxBacklog = 64
+
+	// minControlGap is how long control bytes are not sent again for another SACK:
+	// a round trip, when none was measured.
+	minControlGap = 10 * time.Millisecond
+)
 
 // recByOuter returns the index of the record that holds outer offset o, or
 // recs.len() when o is sealO or above. o must not be below the first record.
@@ -545,6 +552,34 @@ func (f *flow) controlOutstanding() (from, to uint64, ok bool) {
 		}
 	}
 	return from, to, ok && from < to
+}
+
+// controlLost sends the control bytes at unaO again when the peer has what follows
+// them (T8). The inner stack, to which they belong, often cannot be told: the part
+// of its segment that SACK blocks can name is no whole one, and it would wait for
+// its timeout.
+func (e *Engine) controlLost(f *flow, s *packet.Segment) {
+	if e.now < f.ctlAgainAt || f.recs.len() == 0 || f.recs.at(0).iLen > 0 {
+		return
+	}
+	end := f.unaO
+	for k := 0; k < f.recs.len() && f.recs.at(k).iLen == 0; k++ {
+		r := f.recs.at(k)
+		end = r.o + uint64(r.oLen)
+	}
+	hole := int64(math.MaxInt64)
+	for _, b := range s.SACK[:s.NSACK] {
+		if l := offOf(f.iss, b[0], f.unaO); l > int64(f.unaO) && l < int64(f.sentO) {
+			hole = min(hole, l)
+		}
+	}
+	if hole > int64(end) {
+		return
+	}
+	f.ctlAgainAt = e.now + max(f.rtt, minControlGap)
+	e.runSeal()
+	var h packet.Header
+	e.xmit(f, &h, 0, f.unaO, uint64(hole), f.outMSS, false, true)
 }
 
 // ackedBy processes the peer's cumulative acknowledgement of outer offset a,
