@@ -129,9 +129,15 @@ func (s *soak) churn() {
 	for _, era := range []struct {
 		share time.Duration // of the whole, percent
 		event func(*rand.Rand) error
-	}{{20, s.hang}, {40, s.outage}} {
+		rest  time.Duration // times what an event took
+	}{
+		// Retransmissions, which become fewer and fewer, have to meet a daemon
+		// that runs before patience ends.
+		{20, s.hang, 3},
+		{40, s.outage, 0},
+	} {
 		restless, stop := context.WithTimeout(ctx, s.duration*era.share/100)
-		s.disturb(restless, rng, era.event)
+		s.disturb(restless, rng, era.event, era.rest)
 		stop()
 	}
 	s.log("the daemons stay from here on")
@@ -146,12 +152,16 @@ func (s *soak) churn() {
 	wg.Wait()
 }
 
-// disturb makes something happen now and then until ctx is done. It leaves both
-// daemons running.
-func (s *soak) disturb(ctx context.Context, rng *rand.Rand, event func(*rand.Rand) error) {
-	for wait(ctx, between(rng, s.duration/360, s.duration/90)) {
+// disturb makes something happen now and then until ctx is done, with pauses of at
+// least rest times what it took. It leaves both daemons running.
+func (s *soak) disturb(ctx context.Context, rng *rand.Rand, event func(*rand.Rand) error, rest time.Duration) {
+	var took time.Duration
+	for wait(ctx, max(between(rng, s.duration/360, s.duration/90), rest*took)) {
+		began := time.Now()
 		// Also after ctx is done: a start is not cut short.
-		if err := event(rng); err != nil {
+		err := event(rng)
+		took = time.Since(began)
+		if err != nil {
 			s.problem("%v", err)
 			for _, h := range s.hosts {
 				if h.daemon() == nil {
