@@ -8,7 +8,7 @@ DURATION ?= 10m
 # What sudo made belongs to its user, whose make could not write it otherwise.
 give-back = @[ -z "$$SUDO_UID" ] || chown -R "$$SUDO_UID:$$SUDO_GID" bin
 
-.PHONY: all build demo test test-unit test-interop test-matrix test-limits sim soak bench generate lint fuzz clean root
+.PHONY: all build demo test test-unit test-interop test-matrix test-limits sim soak twins bench generate lint fuzz clean root
 
 all: build
 
@@ -51,6 +51,11 @@ sim-mutants:
 # DURATION: every stream is exact or reset with a reason, nothing leaks or grows.
 soak: root build
 	$(GO) run ./bench/soak -duration $(DURATION)
+
+# The same random connections over two pairs of hosts with random settings, one
+# without and one with daemons, for DURATION: what is worse with them is shown.
+twins: root build
+	$(GO) run ./bench/twins -duration $(DURATION)
 
 # The program on network cards with zero-copy, which are emulated: needs apt for
 # the emulator and a kernel, which go to .cache, but neither root nor KVM.
