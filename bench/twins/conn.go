@@ -56,6 +56,10 @@ func newConnection(w *world, k int) *connection {
 		e.send = rng.IntN(1 + pick(rng, 0, 1, 1000, 30000, 150000))
 		e.write, e.read = pick(rng, 200, 5000, 200000), pick(rng, 100, 5000, 200000)
 		e.writeWait, e.readWait = pick(rng, 0, 0, 0, 3*time.Millisecond), pick(rng, 0, 0, 0, 3*time.Millisecond)
+		if w.restless {
+			e.send, e.write, e.read = 10*e.send, max(e.write, 5000), max(e.read, 5000)
+			e.writeWait = pick(rng, 3*time.Millisecond, 30*time.Millisecond)
+		}
 		if w.options {
 			e.early, e.late = choose(rng, family, false), choose(rng, family, true)
 		}

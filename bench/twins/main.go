@@ -1,6 +1,7 @@
 // Command twins runs the same connections over two equal pairs of hosts at once,
 // one with daemons and one without: random settings of the kernels, sockets,
-// interfaces and daemons, random losses on the wire, random reads and writes. A
+// interfaces and daemons, random losses on the wire, random reads and writes, and
+// in some worlds administrators who change hosts meanwhile. A
 // connection that fails or takes long with daemons only is run again several
 // times over both; if it does so again that is a finding. It needs root, and
 // leaves nothing behind.
@@ -22,7 +23,7 @@ func main() {
 	duration := flag.Duration("duration", time.Minute, "how long to make new worlds")
 	flag.Uint64Var(&cfg.seed, "seed", uint64(time.Now().UnixNano()), "of the first `WORLD`; the next have the numbers after it")
 	flag.IntVar(&cfg.connections, "connections", 40, "in each world")
-	flag.IntVar(&cfg.only, "only", -1, "the `CONNECTION` of the first world to run, twenty times and nothing else")
+	flag.IntVar(&cfg.only, "only", -1, "the `CONNECTION` of the first world to run, again and again, and nothing else")
 	flag.StringVar(&cfg.binary, "binary", "bin/tcpcrypt", "the `PROGRAM` to run")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)

@@ -22,6 +22,7 @@ const (
 	again, oftener = 4, 2
 
 	onlyTimes = 20
+	onlyFor   = 15 * time.Second // at least, with operations
 )
 
 type config struct {
@@ -60,9 +61,10 @@ type twins struct {
 	w     *world
 	pairs [2]*pair
 
-	mu    sync.Mutex
-	took  [2]time.Duration
-	found int
+	mu         sync.Mutex
+	took       [2]time.Duration
+	found      int
+	operations []string
 }
 
 func (cfg config) world(ctx context.Context, w *world) (found int, err error) {
@@ -73,16 +75,26 @@ func (cfg config) world(ctx context.Context, w *world) (found int, err error) {
 		}
 		defer func() { err = errors.Join(err, t.pairs[i].lab.Close()) }()
 	}
+	var wg, operator sync.WaitGroup
+	octx, stop := context.WithCancel(ctx)
+	defer operator.Wait()
+	defer stop()
+	if w.restless {
+		operator.Go(func() { t.operate(octx) })
+	}
 	if cfg.only >= 0 {
 		c := newConnection(w, cfg.only)
 		cfg.log("%v\n%v", w, c)
-		for range onlyTimes {
+		begin := time.Now()
+		for n := 0; n < onlyTimes || w.restless && time.Since(begin) < onlyFor; n++ {
 			plain, encrypted := t.both(ctx, c)
 			cfg.log("plain %v, with daemons %v", plain, encrypted)
 		}
+		stop()
+		operator.Wait()
+		t.showOperations()
 		return 0, ctx.Err()
 	}
-	var wg sync.WaitGroup
 	room := make(chan struct{}, atOnce)
 	for k := range cfg.connections {
 		room <- struct{}{}
@@ -153,4 +165,11 @@ func (t *twins) finding(c *connection, format string, args ...any) {
 	defer t.mu.Unlock()
 	t.found++
 	t.log("FINDING in %v\n%v\n%s\nagain: -seed %d -only %d", t.w, c, fmt.Sprintf(format, args...), t.w.seed, c.number)
+	t.showOperations()
+}
+
+func (t *twins) showOperations() {
+	if t.w.restless {
+		t.log("operations, and their errors without and with daemons: %q", t.operations)
+	}
 }

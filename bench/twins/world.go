@@ -80,6 +80,7 @@ type world struct {
 	alternate bool // a flow arrives on two queues
 	flags     []string
 	options   bool // sockets have options
+	restless  bool // hosts are changed while connections are in use, which are longer
 }
 
 func newWorld(seed uint64) *world {
@@ -87,7 +88,7 @@ func newWorld(seed uint64) *world {
 	w := &world{
 		seed: seed,
 		mtu:  pick(rng, 1500, 1500, 1500, 1280, 9000), queues: pick(rng, 1, 1, 1, 2, 4),
-		alternate: rng.IntN(2) == 0, options: rng.IntN(3) > 0,
+		alternate: rng.IntN(2) == 0, options: rng.IntN(3) > 0, restless: rng.IntN(3) == 0,
 		flags: pick(rng, nil, nil, []string{"--mode", "generic"}, []string{"--guard", "off"}, []string{"--rekey-bytes", "20000"},
 			[]string{"--no-resume"}, []string{"--poll", "busy"}, []string{"--tcp-keepalive"}),
 	}
@@ -143,13 +144,17 @@ func (w *world) String() string {
 	for i, name := range []string{"a", "b"} {
 		s += fmt.Sprintf("; %s: %v off %v, sends over %+v", name, w.sysctls[i], w.off[i], w.wire[i])
 	}
+	if w.restless {
+		s += "; restless"
+	}
 	return s + fmt.Sprintf("; flags %q", w.flags)
 }
 
 // pair is two hosts of a world.
 type pair struct {
-	lab   *lab.Lab
-	hosts [2]*lab.Iface
+	lab     *lab.Lab
+	hosts   [2]*lab.Iface
+	daemons [2]*daemon.Daemon // nil: none
 }
 
 // build makes a pair of hosts, and starts the daemon on both unless binary is "".
@@ -177,6 +182,11 @@ func (w *world) build(ctx context.Context, binary string) (p *pair, err error) {
 			// What this kernel does not know or take, neither pair has.
 			_ = h.NS.Sysctl("net/ipv4/"+name, value)
 		}
+		for _, dir := range []string{"all", h.Name} {
+			if err := h.NS.Sysctl("net/ipv6/conf/"+dir+"/keep_addr_on_down", "1"); err != nil {
+				return nil, err
+			}
+		}
 		for _, f := range w.off[i] {
 			if err := h.SetFeature(f, false); err != nil {
 				return nil, err
@@ -191,8 +201,8 @@ func (w *world) build(ctx context.Context, binary string) (p *pair, err error) {
 		}
 	}
 	if binary != "" {
-		for _, h := range p.hosts {
-			if _, err := daemon.Start(ctx, binary, h, nil, w.flags...); err != nil {
+		for i, h := range p.hosts {
+			if p.daemons[i], err = daemon.Start(ctx, binary, h, nil, w.flags...); err != nil {
 				return nil, err
 			}
 		}
