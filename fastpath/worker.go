@@ -96,9 +96,11 @@ type port struct {
 // the worker's thread stood still.
 type aged int
 
-// taken notes that n packets were taken of at most most.
-func (a *aged) taken(n, most int) {
-	if *a -= aged(n); n < most || *a < 0 {
+// taken notes that n packets were taken, and whether the port was found empty. Of a
+// ring only none at all says so: the socket looks at what the kernel has added when
+// it has nothing left of the last time.
+func (a *aged) taken(n int, empty bool) {
+	if *a -= aged(n); empty || *a < 0 {
 		*a = 0
 	}
 }
@@ -354,7 +356,7 @@ func (w *worker) outerVector() int {
 			p.sock.Drive()
 		}
 		n := p.sock.Receive(w.descs)
-		p.old.taken(n, len(w.descs))
+		p.old.taken(n, n == 0)
 		if n == 0 {
 			continue
 		}
@@ -381,7 +383,7 @@ func (w *worker) innerPorts() int {
 			p.sock.Drive()
 		}
 		n := p.sock.Receive(w.descs)
-		p.old.taken(n, len(w.descs))
+		p.old.taken(n, n == 0)
 		if n == 0 {
 			continue
 		}
@@ -439,7 +441,7 @@ func (w *worker) innerVector() int {
 		w.supers[n] = w.bufs[n][:k]
 		n++
 	}
-	w.tapOld.taken(n, tapReads)
+	w.tapOld.taken(n, n < tapReads)
 	if n > 0 {
 		now := w.now()
 		w.eng.InnerVec(w.supers[:n], now)
