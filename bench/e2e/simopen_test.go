@@ -5,10 +5,12 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync"
 	"testing"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
+	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab/frame"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/crypto"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/slowpath"
@@ -110,6 +112,69 @@ func TestSimultaneousOpen(t *testing.T) {
 			})
 			b.encryptedOnly(a, z, 2)
 		})
+	}
+}
+
+// The SYN-ACK of a simultaneous open overtakes its SYN: for host a this is a
+// connection it opened alone, for host b, whose SYN arrives later, one that both
+// did. Each has sent and received an ACK with ENO, so it is encrypted (RFC 8547
+// section 4.6).
+func TestSimultaneousOpenOvertaken(t *testing.T) {
+	var (
+		mu   sync.Mutex
+		held [2][]byte
+		bed  *bed
+	)
+	inject := func(d lab.Dir, frame []byte) {
+		if err := bed.fwd.Inject(d, frame); err != nil {
+			t.Error(err)
+		}
+	}
+	late := func(d lab.Dir, b []byte) lab.Verdict {
+		x, ok := frame.Parse(b)
+		if !ok || !x.TCP || x.Flags(b)&frame.SYN == 0 {
+			return lab.Pass
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		synack := x.Flags(b)&frame.ACK != 0
+		switch {
+		case !synack && held[d] == nil:
+			held[d] = bytes.Clone(b)
+			if held[lab.AtoB] != nil && held[lab.BtoA] != nil {
+				inject(lab.AtoB, held[lab.AtoB])
+			}
+			return lab.Drop
+		case synack && d == lab.BtoA && held[d] != nil:
+			inject(d, b)
+			inject(d, held[d])
+			held[d] = nil
+			return lab.Drop
+		case !synack:
+			return lab.Drop
+		}
+		return lab.Pass
+	}
+	bed = newBedWith(t, lab.Options{}, lab.ForwarderOptions{Hook: late}, func(p *lab.Path, o lab.ForwarderOptions) (*lab.Forwarder, error) {
+		return p.Forward(o)
+	})
+	a, z := bed.daemon(bed.path.A), bed.daemon(bed.path.B, config(t, roleB)...)
+	ca, cz, err := bed.simultaneous(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fa, fz := bed.flow(a), bed.flow(z); fa.Role != "A" || fz.Role != "B" || fa.SessionID == "" || fa.SessionID != fz.SessionID {
+		t.Errorf("flows %+v and %+v", fa, fz)
+	}
+	if err := swap(ca, cz, stream(1, 2<<20), stream(2, 2<<20)); err != nil {
+		t.Fatal(err)
+	}
+	ca.Close()
+	cz.Close()
+	bed.idle(a, z)
+	bed.encryptedOnly(a, z, 1)
+	if offers := bed.wire.since(0); crossed(offers, lab.AtoB) || !crossed(offers, lab.BtoA) {
+		t.Error("host a took the SYN, or host b did not")
 	}
 }
 

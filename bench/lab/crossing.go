@@ -44,11 +44,16 @@ func (c *crossing) hook(d Dir, b []byte) Verdict {
 
 func (c *crossing) holds(d Dir, b []byte) bool {
 	x, ok := frame.Parse(b)
-	if !ok || !x.TCP || kindOf(x.Flags(b)) != SYNs {
+	if !ok || !x.TCP || kindOf(x.Flags(b)) == NonSYNs {
 		return false
 	}
+	// A SYN-ACK waits here as well: one host may answer before the SYN it sent
+	// has been injected, and would have its answer arrive first.
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if kindOf(x.Flags(b)) == SYNACKs {
+		return false
+	}
 	ends := [2]netip.AddrPort{x.Src(b), x.Dst(b)}
 	if d == BtoA {
 		ends[0], ends[1] = ends[1], ends[0]
