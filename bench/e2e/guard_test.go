@@ -13,7 +13,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
@@ -256,9 +255,7 @@ func TestHung(t *testing.T) {
 		})
 	}
 	moved(100000)
-	if err := a.Process.Signal(unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	b.halt(a)
 	b.eventually("new connections are plain", func() (string, bool) {
 		ctx, cancel := context.WithTimeout(b.ctx, 2*time.Second)
 		defer cancel()
@@ -270,9 +267,7 @@ func TestHung(t *testing.T) {
 		}
 		return "", true
 	})
-	if err := a.Process.Signal(unix.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
+	b.resume(a)
 	moved(b.flow(a).BytesOut)
 	select {
 	case err := <-secret.sent:

@@ -2,10 +2,7 @@ package e2e
 
 import (
 	"strings"
-	"syscall"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/daemon"
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
@@ -16,9 +13,7 @@ import (
 func TestKeepGuard(t *testing.T) {
 	b := newBed(t, lab.Options{}, lab.ForwarderOptions{})
 	a := b.daemon(b.path.A, "--require", "--keep-guard")
-	if err := a.Process.Signal(unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	b.halt(a)
 	// Until the programs notice, SYNs wait for the daemon.
 	b.eventually("connections of a hung daemon are refused", func() (string, bool) {
 		c, err := b.path.A.NS.Dial(b.ctx, "tcp", b.path.B.Addr4().String()+":9")
@@ -28,9 +23,7 @@ func TestKeepGuard(t *testing.T) {
 		return "", err != nil
 	})
 	b.refused("while it hangs", false)
-	if err := a.Process.Signal(syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
+	b.resume(a)
 	if err := a.Stop(); err != nil {
 		t.Error(err)
 	}
