@@ -202,10 +202,7 @@ func (s *Segment) ChecksumOK(virtual bool) bool {
 		return false
 	}
 	p := pseudoSum(s.Frame[s.L3:], s.V6, 6, len(t))
-	if virtual && Fold(p) == binary.LittleEndian.Uint16(t[16:]) {
-		return true
-	}
-	return Fold(Sum(t, p)) == 0xffff
+	return Fold(Sum(t, p)) == 0xffff || virtual && Fold(p) == binary.LittleEndian.Uint16(t[16:])
 }
 
 // ICMPChecksum writes the checksum of an ICMP (IPv4) or ICMPv6 message that
