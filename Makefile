@@ -8,7 +8,7 @@ DURATION ?= 10m
 # What sudo made belongs to its user, whose make could not write it otherwise.
 give-back = @[ -z "$$SUDO_UID" ] || chown -R "$$SUDO_UID:$$SUDO_GID" bin
 
-.PHONY: all build demo test test-unit test-interop test-matrix test-limits sim soak twins bench generate lint fuzz clean root
+.PHONY: all build demo test test-unit test-interop test-matrix test-limits sim soak twins bench profile generate lint fuzz clean root
 
 all: build
 
@@ -79,6 +79,11 @@ bench: root build
 	bin/tcpcrypt bench capacity --save bin/bench/capacity.json
 	bin/tcpcrypt bench report -o bin/bench/report.html bin/bench/*.json
 	$(give-back)
+
+# Where the engine spends its time, by which the compiler decides what of it to
+# inline: due when functions of the hot path were renamed or rewritten.
+profile:
+	$(GO) run -trimpath ./bench/profile
 
 # The BPF objects, which need clang, llvm-strip and the headers of libbpf, and
 # the assembly.
