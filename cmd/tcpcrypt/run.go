@@ -89,7 +89,8 @@ func cleanup(iface, inner, pins string, w io.Writer) error {
 
 // runDaemon runs until a signal, until ctx is done, or until the host dies.
 func runDaemon(ctx context.Context, s *settings, start startFunc, stderr io.Writer) error {
-	log := newLogger(s.logFormat.value, stderr)
+	log, records := newAsyncLogger(s.logFormat.value, stderr)
+	defer records.Close(logGoodbye)
 	// A log reader that went away must not kill the daemon with everything attached.
 	signal.Ignore(syscall.SIGPIPE)
 	stop, abort, release := stopSignals(ctx, log)
@@ -189,13 +190,6 @@ func stopSignals(ctx context.Context, log *slog.Logger) (stop, abort context.Con
 		cancelStop()
 		cancelAbort()
 	}
-}
-
-func newLogger(format string, w io.Writer) *slog.Logger {
-	if format == "json" {
-		return slog.New(slog.NewJSONHandler(w, nil))
-	}
-	return slog.New(slog.NewTextHandler(w, nil))
 }
 
 func logReady(log *slog.Logger, st fastpath.Status, control string) {
