@@ -550,6 +550,54 @@ func TestDeviceGone(t *testing.T) {
 	}
 }
 
+// More changes than the kernel keeps for one who does not receive them: the last
+// ones are reported all the same, and that the device goes.
+func TestWatchLinkOverflow(t *testing.T) {
+	l := newLab(t, 1, 1500)
+	events := make(chan error)
+	stop, err := WatchLink(l.nic.Attrs().Index, events)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	until := func(want error) {
+		t.Helper()
+		for deadline := time.After(testDeadline); ; {
+			select {
+			case err := <-events:
+				if err == want {
+					return
+				}
+				if _, ok := err.(DeviceMTU); !ok && err != ErrDeviceDown {
+					t.Fatal(err)
+				}
+			case <-deadline:
+				t.Fatalf("%v is not reported", want)
+			}
+		}
+	}
+	storm := func() {
+		t.Helper()
+		for range 1000 {
+			for _, mtu := range []int{1400, 1401} {
+				if err := netlink.LinkSetMTU(l.nic, mtu); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	storm()
+	if err := netlink.LinkSetMTU(l.nic, 1402); err != nil {
+		t.Fatal(err)
+	}
+	until(DeviceMTU(1402))
+	storm()
+	if err := netlink.LinkDel(l.nic); err != nil {
+		t.Fatal(err)
+	}
+	until(ErrDeviceGone)
+}
+
 func TestSocketAllocs(t *testing.T) {
 	l := newQuietLab(t, 1, 1500)
 	u := testUmem(t, 64, 2048)
