@@ -222,6 +222,19 @@ func attachError(err error) error {
 	return err
 }
 
+// errBond is why a bond gets no native XDP. The kernel would take it, but runs it on
+// the bond's ports, and sockets of the bond are not given what those receive.
+var errBond = errors.New("native XDP of a bond runs on its ports, whose packets sockets of the bond do not get; mode generic works")
+
+// nativeAllowed tells whether native XDP is of use on a device, where its driver
+// has it.
+func nativeAllowed(nic netlink.Link) error {
+	if nic.Type() == "bond" {
+		return errBond
+	}
+	return nil
+}
+
 func (d *Diverter) attachXDP(program *ebpf.Program, nic netlink.Link, mode Mode) error {
 	attach := func(flags link.XDPAttachFlags, mode Mode) error {
 		// Before the attachment: the first packet may come at once.
@@ -238,7 +251,9 @@ func (d *Diverter) attachXDP(program *ebpf.Program, nic netlink.Link, mode Mode)
 	}
 	var err error
 	if mode != ModeGeneric {
-		err = attach(link.XDPDriverMode, ModeCopy)
+		if err = nativeAllowed(nic); err == nil {
+			err = attach(link.XDPDriverMode, ModeCopy)
+		}
 		if err != nil && mode == ModeAuto && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EPERM) {
 			d.fallback = fmt.Errorf("native XDP: %w", err)
 			mode = ModeGeneric

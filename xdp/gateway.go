@@ -275,6 +275,11 @@ func (g *Gateway) attachBoth(frags bool, mode Mode, old *oldGateway) error {
 // attachOne attaches by netlink, not by a link, which would end with the process.
 func (g *Gateway) attachOne(side Side, program *ebpf.Program, generic bool, old *oldGateway) error {
 	card := g.cards[side]
+	if !generic {
+		if err := nativeAllowed(card); err != nil {
+			return err
+		}
+	}
 	flags := xdpFlags(generic)
 	if old.has[side] && old.generic[side] != generic {
 		old.detach(side)

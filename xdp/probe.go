@@ -3,6 +3,7 @@ package xdp
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
@@ -69,9 +70,12 @@ func Probe(ifname string) (Capabilities, error) {
 	}
 	// These pass the partial checksums of other guests of the same host.
 	c.Virtual = c.Virtual || c.Driver == "virtio_net" || c.Driver == "vif"
-	if channels, err := tool.GetChannels(ifname); err == nil {
-		c.RXQueues = receiveQueues(channels)
+	channels, err := tool.GetChannels(ifname)
+	if err == nil {
 		c.TXQueues = max(1, int(channels.TxCount+channels.CombinedCount))
+	}
+	if c.RXQueues, err = receiveQueues(tool, link, channels, err); err != nil {
+		c.RXQueues = 1
 	}
 
 	f := deviceFeatures(c.Ifindex)
@@ -79,7 +83,7 @@ func Probe(ifname string) (Capabilities, error) {
 		c.Reasons = append(c.Reasons, fmt.Sprintf("the kernel does not tell the driver's XDP features: %v", f.unknown))
 	}
 	const native = featureBasic | featureRedirect
-	c.NativeXDP = f.xdp&native == native
+	c.NativeXDP = f.xdp&native == native && nativeAllowed(link) == nil
 	c.MultiBuffer = c.NativeXDP && f.xdp&featureRXFragments != 0
 	c.ZeroCopy = c.NativeXDP && f.xdp&featureZeroCopy != 0
 	c.ZeroCopySegments = max(1, f.segments)
@@ -107,19 +111,55 @@ func Probe(ifname string) (Capabilities, error) {
 // ReceiveQueues returns how many queues a device of the calling thread's network
 // namespace receives on: at least 1.
 func ReceiveQueues(ifname string) (int, error) {
+	link, err := FindLink(ifname)
+	if err != nil {
+		return 0, err
+	}
 	tool, err := ethtool.NewEthtool()
 	if err != nil {
 		return 0, fmt.Errorf("xdp: interface %s: %w", ifname, err)
 	}
 	defer tool.Close()
 	channels, err := tool.GetChannels(ifname)
-	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+	n, err := receiveQueues(tool, link, channels, err)
+	if err != nil {
 		return 0, fmt.Errorf("xdp: queues of interface %s: %w", ifname, err)
 	}
-	return receiveQueues(channels), nil
+	return n, nil
 }
 
-func receiveQueues(c ethtool.Channels) int { return max(1, int(c.RxCount+c.CombinedCount)) }
+// receiveQueues is ReceiveQueues, given the device's channels or why they are not
+// known.
+func receiveQueues(tool *ethtool.Ethtool, link netlink.Link, c ethtool.Channels, err error) (int, error) {
+	a := link.Attrs()
+	switch {
+	case err == nil:
+		return max(1, int(c.RxCount+c.CombinedCount)), nil
+	case !errors.Is(err, unix.EOPNOTSUPP):
+		return 0, err
+	case a.NumRxQueues <= 1:
+		return 1, nil
+	case link.Type() == "device":
+		// Its driver tells the kernel alone.
+		queues, err := filepath.Glob("/sys/class/net/" + a.Name + "/queues/rx-*")
+		return max(1, len(queues)), err
+	}
+	// A bond or the like passes packets on with the number of the queue on which a
+	// port received them.
+	links, err := netlink.LinkList()
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return 0, err
+	}
+	n := 1
+	for _, l := range links {
+		if l.Attrs().MasterIndex == a.Index {
+			if c, err := tool.GetChannels(l.Attrs().Name); err == nil {
+				n = max(n, int(c.RxCount+c.CombinedCount))
+			}
+		}
+	}
+	return min(n, a.NumRxQueues), nil
+}
 
 // hasVLANs reports whether there are VLAN devices on a device.
 func hasVLANs(ifindex int) bool {

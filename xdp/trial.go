@@ -62,8 +62,11 @@ func Try(ifname string) (t Trial, err error) {
 		l, err := link.AttachXDP(link.XDPOptions{Program: program, Interface: c.Ifindex, Flags: flags})
 		return l, attachError(err)
 	}
-	l, err := attach(link.XDPDriverMode)
-	if t.Native = err; err != nil {
+	var l link.Link
+	if t.Native = nativeAllowed(nic); t.Native == nil {
+		l, t.Native = attach(link.XDPDriverMode)
+	}
+	if t.Native != nil {
 		if l, err = attach(link.XDPGenericMode); err != nil {
 			t.Generic = err
 			return t, nil

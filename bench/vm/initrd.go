@@ -13,11 +13,11 @@ import (
 
 // Modules are the kernel modules that guests load, as far as the kernel has
 // them as modules: drivers of the cards, the TAP device, what the guard hangs
-// on, VLANs, and diagnosis of sockets.
+// on, VLANs, bonds, and diagnosis of sockets.
 var Modules = []string{
 	"dca", "i2c-algo-bit", "igb", "failover", "net_failover", "virtio_net",
 	"tun", "sch_ingress", "cls_bpf", "inet_diag", "tcp_diag", "xsk_diag",
-	"llc", "stp", "garp", "mrp", "8021q",
+	"llc", "stp", "garp", "mrp", "8021q", "tls", "bonding",
 }
 
 // Paths in the guest.

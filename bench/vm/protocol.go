@@ -15,6 +15,10 @@ type Request struct {
 	// with SIGKILL.
 	Args []string `json:"args,omitempty"`
 
+	// "stack" makes a device over Interface: the first of Args is its kind, bond
+	// or vlan, the second its name; others are more ports of a bond. "unstack"
+	// removes Interface.
+	//
 	// "net" sets the interface up: queues (0: leaves them), MTU, addresses in
 	// Args. "spread" has the hardware deliver to queue Queues only (-1: as
 	// before).

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -101,6 +102,56 @@ func setUp(req *vm.Request) error {
 		return err
 	}
 	return waitCarrier(req.Interface, true)
+}
+
+// stack makes a device over others.
+func stack(req *vm.Request) error {
+	if len(req.Args) < 2 {
+		return errors.New("kind and name are wanted")
+	}
+	base, err := netlink.LinkByName(req.Interface)
+	if err != nil {
+		return err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = req.Args[1]
+	switch req.Args[0] {
+	case "bond":
+		bond := netlink.NewLinkBond(attrs)
+		bond.Mode, bond.Miimon = netlink.BOND_MODE_ACTIVE_BACKUP, 100
+		if err := netlink.LinkAdd(bond); err != nil {
+			return fmt.Errorf("bond: %w", err)
+		}
+		for _, name := range append([]string{req.Interface}, req.Args[2:]...) {
+			port, err := netlink.LinkByName(name)
+			if err != nil {
+				return err
+			}
+			// One that is up cannot be enslaved.
+			if err := netlink.LinkSetDown(port); err != nil {
+				return err
+			}
+			if err := netlink.LinkSetBondSlave(port, bond); err != nil {
+				return fmt.Errorf("port %s of the bond: %w", name, err)
+			}
+		}
+		return nil
+	case "vlan":
+		attrs.ParentIndex = base.Attrs().Index
+		if err := netlink.LinkAdd(&netlink.Vlan{LinkAttrs: attrs, VlanId: 5}); err != nil {
+			return fmt.Errorf("vlan: %w", err)
+		}
+		return netlink.LinkSetUp(base)
+	}
+	return fmt.Errorf("unknown kind %q", req.Args[0])
+}
+
+func unstack(req *vm.Request) error {
+	l, err := netlink.LinkByName(req.Interface)
+	if err != nil {
+		return err
+	}
+	return netlink.LinkDel(l)
 }
 
 // spread changes which queue the hardware delivers to.

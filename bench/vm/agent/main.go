@@ -173,6 +173,10 @@ func (a *agent) carryOut(req *vm.Request, resp *vm.Response) error {
 		return err
 	case "net":
 		return setUp(req)
+	case "stack":
+		return stack(req)
+	case "unstack":
+		return unstack(req)
 	case "spread":
 		return a.spread(req)
 	case "link":

@@ -109,7 +109,7 @@ func (t *tester) run(ctx context.Context, cache, logs string) error {
 	for _, bed := range []struct {
 		name string
 		run  func(*booter) error
-	}{{"hosts", t.hosts}, {"gateway", t.gateway}} {
+	}{{"hosts", t.hosts}, {"gateway", t.gateway}, {"stacked", t.stacked}} {
 		if t.only == "" || t.only == bed.name {
 			if err := bed.run(&booter{t, ctx, image, initrd, logs}); err != nil {
 				return err
