@@ -126,7 +126,7 @@ func TestExamine(t *testing.T) {
 		{"not pinned", func(f *Facts) { f.WorkerCPUs = nil }, "irq", OK, "queue 0 on 0, 1 on 1", "-", false},
 		{"irqbalance", machine(func(m *Machine) { m.IRQBalance = true }), "irqbalance", Warn, "runs", "systemctl stop irqbalance", false},
 		{"LRO", nic(func(n *Interface) { n.Offloads["rx-lro"] = true }), "lro", Warn, "on", "ethtool -K nic0 lro off", true},
-		{"tags lost", nic(func(n *Interface) { n.VLANStripped = true }), "rx-vlan", Fail, "takes VLAN tags off", "ethtool -K nic0 rxvlan off", true},
+		{"tags lost", nic(func(n *Interface) { n.VLANStripped = true }), "rx-vlan", Fail, "takes VLAN tags off", "run on the VLAN devices instead, or, for a veth device, ethtool -K PEER txvlan off at its other end", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := good()

@@ -301,8 +301,7 @@ func (e *examiner) features(n *Interface) {
 		e.ok("lro", "off")
 	}
 	if n.VLANStripped {
-		e.add("rx-vlan", Fail, "the hardware takes VLAN tags off, and there are VLAN devices", "XDP cannot tell the packets of VLANs from untagged ones: their connections are not encrypted rightly", "").
-			propose(feature(n.Name, "rx-vlan-hw-parse", true, false))
+		e.add("rx-vlan", Fail, "the device takes VLAN tags off, cannot be kept from it, and there are VLAN devices", "XDP cannot tell the packets of VLANs from untagged ones: their connections are not encrypted rightly", "run on the VLAN devices instead, or, for a veth device, ethtool -K PEER txvlan off at its other end")
 	} else {
 		e.ok("rx-vlan", "no tags are lost")
 	}

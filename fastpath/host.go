@@ -158,6 +158,9 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 	if h.caps, err = probe(cfg.Interface); err != nil {
 		return nil, err
 	}
+	if h.caps.VLANStripped {
+		h.log.Warn("the interface takes VLAN tags off and cannot be kept from it: connections in its VLANs cannot be encrypted, and may fail: run on the VLAN devices instead", "interface", cfg.Interface)
+	}
 	if h.diag, err = xdp.OpenSocketDiag(); err != nil {
 		return nil, err
 	}

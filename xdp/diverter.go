@@ -105,6 +105,7 @@ type Diverter struct {
 	fallback error
 	mark     uint32
 	ifindex  int
+	undo     func() error // of keepTags, or nil
 }
 
 // attached are the XDP programs of this process's diverters, for OpenGuard.
@@ -148,6 +149,9 @@ func AttachHost(cfg HostAttachConfig) (_ *Diverter, err error) {
 	// What is redirected must have a way back before anything is redirected.
 	if err := d.attachTCX("tap_ingress", cfg.TAPIfindex, ebpf.AttachTCXIngress); err != nil {
 		return nil, fmt.Errorf("xdp: attach to ingress of the inner device: %w", err)
+	}
+	if d.undo, err = keepTags(nic); err != nil {
+		return nil, fmt.Errorf("xdp: VLAN tags of %s: %w", name, err)
 	}
 	if err := d.attachXDP(d.collection.Programs[xdpName], nic, cfg.Mode); err != nil {
 		return nil, fmt.Errorf("xdp: attach to %s: %w", name, err)
@@ -377,6 +381,10 @@ func (d *Diverter) Close() error {
 		errs = append(errs, d.links[i].Close())
 	}
 	d.links = nil
+	if d.undo != nil {
+		errs = append(errs, d.undo())
+		d.undo = nil
+	}
 	if d.program != 0 {
 		attached.Lock()
 		delete(attached.programs, d.program)

@@ -9,7 +9,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -211,25 +210,12 @@ func (g *Gateway) prepare(card netlink.Link) error {
 	if card.Attrs().Promisc == 0 || g.replaced {
 		g.undo = append(g.undo, func() error { return netlink.SetPromiscOff(card) })
 	}
-	tool, err := ethtool.NewEthtool()
+	undo, err := keepTags(card)
 	if err != nil {
 		return fmt.Errorf("xdp: interface %s: %w", name, err)
 	}
-	defer tool.Close()
-	const strip = "rx-vlan-hw-parse"
-	if features, err := tool.Features(name); err != nil || !features[strip] {
-		return nil
-	}
-	// A device that cannot do it is no error: doctor tells of it.
-	if tool.Change(name, map[string]bool{strip: false}) == nil {
-		g.undo = append(g.undo, func() error {
-			tool, err := ethtool.NewEthtool()
-			if err != nil {
-				return err
-			}
-			defer tool.Close()
-			return tool.Change(name, map[string]bool{strip: true})
-		})
+	if undo != nil {
+		g.undo = append(g.undo, undo)
 	}
 	return nil
 }

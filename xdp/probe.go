@@ -37,8 +37,8 @@ type Capabilities struct {
 	TXChecksum       bool // checksum requests in zero-copy mode; in copy mode they always work
 
 	// VLANStripped: the device takes the VLAN tag off received packets before
-	// XDP sees them, and devices for VLANs exist on it: XDP cannot tell their
-	// packets from untagged ones.
+	// XDP sees them, which AttachHost cannot keep it from, and devices for VLANs
+	// exist on it: XDP cannot tell their packets from untagged ones.
 	VLANStripped bool
 
 	Reasons []string // in words, why something above is missing
@@ -101,9 +101,9 @@ func Probe(ifname string) (Capabilities, error) {
 		}
 	}
 
-	if features, err := tool.Features(ifname); err == nil && features["rx-vlan-hw-parse"] && hasVLANs(c.Ifindex) {
+	if states, err := tool.FeaturesWithState(ifname); err == nil && losesTags(link, states[stripTags]) && hasVLANs(c.Ifindex) {
 		c.VLANStripped = true
-		c.Reasons = append(c.Reasons, fmt.Sprintf("%s strips VLAN tags before XDP: ethtool -K %s rxvlan off", ifname, ifname))
+		c.Reasons = append(c.Reasons, fmt.Sprintf("%s strips VLAN tags before XDP, and cannot be kept from it", ifname))
 	}
 	return c, nil
 }

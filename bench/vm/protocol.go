@@ -52,6 +52,7 @@ type Response struct {
 	Kernel   string            `json:"kernel,omitempty"`     // "hello"
 	CPUs     int               `json:"cpus,omitempty"`       // "hello"
 	XDP      bool              `json:"xdp,omitempty"`        // "attached": an XDP program
+	Strips   bool              `json:"strips,omitempty"`     // "attached": VLAN tags are taken off by the hardware
 	Devices  []string          `json:"devices,omitempty"`    // "attached": all network devices
 	Bound    []int             `json:"bound,omitempty"`      // "attached": queues with AF_XDP sockets
 	Failed   []string          `json:"not_loaded,omitempty"` // "hello": modules that could not be loaded

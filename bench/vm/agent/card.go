@@ -201,6 +201,14 @@ func attached(name string, resp *vm.Response) error {
 		return err
 	}
 	resp.XDP = l.Attrs().Xdp != nil && l.Attrs().Xdp.Attached
+	tool, err := ethtool.NewEthtool()
+	if err != nil {
+		return err
+	}
+	defer tool.Close()
+	if features, err := tool.Features(name); err == nil {
+		resp.Strips = features["rx-vlan-hw-parse"]
+	}
 	links, err := netlink.LinkList()
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 
@@ -8,15 +9,21 @@ import (
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/fastpath"
 )
 
-// stack is a device over cards, as servers have them.
+// stack is what lies over a card, as on servers.
 type stack struct {
-	kind, name string
-	both       bool // over both cards
+	name   string
+	layers []layer
+	on     string // the device that the program runs on, if not the card
+	bond   bool   // over both cards
 }
 
+type layer struct{ kind, name string }
+
 var stacks = []stack{
-	{"bond", "bond1", true}, // bond0 is the module's
-	{"vlan", "vlan5", false},
+	{name: "below a VLAN", layers: []layer{{"vlan", "vlan6"}}},
+	{name: "on a VLAN", layers: []layer{{"vlan", "vlan5"}}, on: "vlan5"},
+	{name: "on a bond", layers: []layer{{"bond", "bond1"}}, on: "bond1", bond: true}, // bond0 is the module's
+	{name: "on a VLAN of a bond", layers: []layer{{"bond", "bond2"}, {"vlan", "vlan7"}}, on: "vlan7", bond: true},
 }
 
 // stacked boots two guests with two cables between them and runs the program on
@@ -50,7 +57,7 @@ func (t *tester) stacked(boots *booter) error {
 		second[h], h.inner = h.inner, "" // it is no gateway
 	}
 	for _, s := range stacks {
-		if err := t.repeat(s.kind, func() error { return t.stack(s, a, b, second) }, a, b); err != nil {
+		if err := t.repeat(s.name, func() error { return t.stack(s, a, b, second) }, a, b); err != nil {
 			return err
 		}
 	}
@@ -62,13 +69,21 @@ func (t *tester) stacked(boots *booter) error {
 	return nil
 }
 
-// stack has the device on both hosts, and traffic through it.
+// stack has the devices on both hosts, and traffic through them.
 func (t *tester) stack(s stack, a, b *host, second map[*host]string) (err error) {
 	cards := map[*host]string{a: a.iface, b: b.iface}
+	strips := make(map[*host]bool)
+	for _, h := range []*host{a, b} {
+		at, err := h.call(vm.Request{Op: "attached", Interface: h.iface})
+		if err != nil {
+			return err
+		}
+		strips[h] = at.Strips
+	}
 	defer func() {
 		unstack := both(a, b, func(h *host) error {
 			h.iface = cards[h]
-			_, err := h.call(vm.Request{Op: "unstack", Interface: s.name})
+			_, err := h.call(vm.Request{Op: "unstack", Interface: s.layers[0].name})
 			return err
 		})
 		if err == nil { // else the device may not be there
@@ -76,17 +91,20 @@ func (t *tester) stack(s stack, a, b *host, second map[*host]string) (err error)
 		}
 	}()
 	if err := both(a, b, func(h *host) error {
-		args := []string{s.kind, s.name}
-		if s.both {
-			args = append(args, second[h])
+		for i, l := range s.layers {
+			args := []string{l.kind, l.name}
+			if s.bond && i == 0 {
+				args = append(args, second[h])
+			}
+			if _, err := h.call(vm.Request{Op: "stack", Interface: h.iface, Args: args}); err != nil {
+				return err
+			}
+			h.iface = l.name
 		}
-		if _, err := h.call(vm.Request{Op: "stack", Interface: h.iface, Args: args}); err != nil {
-			return err
-		}
-		h.iface, h.connections = s.name, 8
 		if err := h.configure(0, 0); err != nil {
 			return err
 		}
+		h.iface, h.connections = cmp.Or(s.on, cards[h]), 8
 		return h.startStacked(s)
 	}); err != nil {
 		return err
@@ -108,8 +126,8 @@ func (t *tester) stack(s stack, a, b *host, second map[*host]string) (err error)
 	if err := both(a, b, (*host).checkFlows); err != nil {
 		return err
 	}
-	t.log("%s: %d connections, %d bytes are right", s.kind, 2*a.connections, x.bytes)
-	if s.both {
+	t.log("%s: %d connections, %d bytes are right", s.name, 2*a.connections, x.bytes)
+	if s.bond {
 		for _, up := range []bool{false, true} {
 			for _, h := range []*host{a, b} {
 				if err := h.SetCarrier(up); err != nil {
@@ -123,14 +141,14 @@ func (t *tester) stack(s stack, a, b *host, second map[*host]string) (err error)
 				return fmt.Errorf("with the first card's cable %v: %w", up, err)
 			}
 		}
-		t.log("%s: the connections outlived a change of the card", s.kind)
+		t.log("%s: the connections outlived a change of the card", s.name)
 	}
 	after, err := snapshots(a, b)
 	if err != nil {
 		return err
 	}
 	for i, h := range []*host{a, b} {
-		r := h.row(runSpec{name: s.kind}, before[i], after[i])
+		r := h.row(runSpec{name: s.name}, before[i], after[i])
 		r.bytes = x.bytes
 		t.rows = append(t.rows, r)
 	}
@@ -149,8 +167,8 @@ func (t *tester) stack(s stack, a, b *host, second map[*host]string) (err error)
 			return err
 		}
 		left, err := h.call(vm.Request{Op: "attached", Interface: h.iface})
-		if err == nil && (left.XDP || len(left.Bound) > 0) {
-			err = fmt.Errorf("guest %s: the daemon left XDP program %v, bound queues %v", h.Name, left.XDP, left.Bound)
+		if err == nil && (left.XDP || len(left.Bound) > 0 || s.on == "" && left.Strips != strips[h]) {
+			err = fmt.Errorf("guest %s: the daemon left XDP program %v, bound queues %v, tags taken off %v", h.Name, left.XDP, left.Bound, left.Strips)
 		}
 		return err
 	})
@@ -158,10 +176,14 @@ func (t *tester) stack(s stack, a, b *host, second map[*host]string) (err error)
 
 // startStacked starts the daemon, which says what it cannot do, and does what it can.
 func (h *host) startStacked(s stack) error {
-	flags := []string{"--interface", s.name, "--poll", "sleep", "--control", control}
+	if s.on == "" {
+		h.now = h.queues
+		return h.startDaemon(sleepy)
+	}
+	flags := append([]string{"--interface", s.on, "--control", control}, sleepy...)
 	resp, err := h.call(vm.Request{Op: "start", Args: append(flags, "--mode", "copy")})
 	if err == nil {
-		return fmt.Errorf("guest %s: the daemon runs on %s in native mode", h.Name, s.name)
+		return fmt.Errorf("guest %s: the daemon runs on %s in native mode", h.Name, s.on)
 	}
 	if resp == nil {
 		return err
@@ -179,8 +201,12 @@ func (h *host) startStacked(s stack) error {
 	if err := h.ask(&st, "status"); err != nil {
 		return err
 	}
-	if st.Mode != "generic" || s.kind == "bond" && len(st.Queues) != h.queues {
-		return fmt.Errorf("guest %s: mode %s, queues %+v", h.Name, st.Mode, st.Queues)
+	queues := 1
+	if s.on == s.layers[0].name && s.bond {
+		queues = h.queues
+	}
+	if st.Mode != "generic" || len(st.Queues) != queues {
+		return fmt.Errorf("guest %s: mode %s, queues %+v, want %d", h.Name, st.Mode, st.Queues, queues)
 	}
 	h.now = len(st.Workers)
 	return nil
