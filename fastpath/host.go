@@ -88,6 +88,8 @@ type Host struct {
 	mode      xdp.Mode
 	ended     int
 	unguarded bool         // the guard could not be put back, and the log says so
+	wentDown  atomic.Bool  // the interface was down, and the XDP program not seen to run since
+	downAt    *xdpSeen     // of mendXDP, once it has looked since
 	mtu       atomic.Int64 // of the interface
 	mtuLimit  int          // largest packet that the sockets take
 
@@ -708,6 +710,7 @@ func (h *Host) watch() {
 		case err := <-h.link:
 			if errors.Is(err, xdp.ErrDeviceDown) {
 				h.log.Warn("the interface is down", "interface", h.cfg.Interface)
+				h.wentDown.Store(true)
 				continue
 			}
 			if mtu := xdp.DeviceMTU(0); errors.As(err, &mtu) {
@@ -760,6 +763,7 @@ func (h *Host) mend(stop <-chan struct{}) {
 		case <-tick.C:
 			h.mendGuard()
 			h.mendQueues()
+			h.mendXDP()
 		case <-stop:
 			return
 		}
@@ -780,6 +784,41 @@ func (h *Host) mendGuard() {
 	}
 	h.unguarded = err != nil
 }
+
+// mendXDP sees to it that the driver runs the XDP program again after the interface
+// was down: vmxnet3 does not. What should have been diverted comes to the guard then.
+// While the program was seen to run since, nothing that arrives can bring it to act.
+func (h *Host) mendXDP() {
+	if h.local == nil || !h.wentDown.Load() {
+		return
+	}
+	runs, err := h.local.Runs()
+	counters, err2 := h.guard.Counters()
+	if errors.Join(err, err2) != nil {
+		return
+	}
+	dropped := counters["guard_in_flow_dropped"]
+	last := h.downAt
+	h.downAt = &xdpSeen{runs, dropped}
+	switch {
+	case last == nil: // the first look since
+		return
+	case runs != last.runs:
+	case dropped == last.dropped:
+		return
+	default:
+		if err := h.local.Reattach(); err != nil {
+			h.log.Error("the driver does not run the XDP program any more: restart the daemon", "interface", h.cfg.Interface, "err", err)
+		} else {
+			h.log.Warn("the driver did not run the XDP program any more after the interface was down: it was attached again", "interface", h.cfg.Interface)
+		}
+	}
+	h.wentDown.Store(false)
+	h.downAt = nil
+}
+
+// xdpSeen is what mendXDP compares.
+type xdpSeen struct{ runs, dropped uint64 }
 
 // passedSYNs returns how many SYNs from the wire did not come to the slow path:
 // those that a host passed to its stack, or a gateway forwarded or refused.

@@ -100,6 +100,8 @@ type HostAttachConfig struct {
 type Diverter struct {
 	diversion
 	links    []link.Link // in the order of attachment
+	xdp      int         // index in links of the XDP program's
+	attached string      // name of that program
 	program  ebpf.ProgramID
 	mode     Mode
 	fallback error
@@ -153,6 +155,7 @@ func AttachHost(cfg HostAttachConfig) (_ *Diverter, err error) {
 	if d.undo, err = keepTags(nic); err != nil {
 		return nil, fmt.Errorf("xdp: VLAN tags of %s: %w", name, err)
 	}
+	d.attached = xdpName
 	if err := d.attachXDP(d.collection.Programs[xdpName], nic, cfg.Mode); err != nil {
 		return nil, fmt.Errorf("xdp: attach to %s: %w", name, err)
 	}
@@ -249,6 +252,7 @@ func (d *Diverter) attachXDP(program *ebpf.Program, nic netlink.Link, mode Mode)
 		if err != nil {
 			return attachError(err)
 		}
+		d.xdp = len(d.links)
 		d.links = append(d.links, l)
 		d.mode = mode
 		return nil
@@ -361,6 +365,37 @@ func (d *Diverter) SteeringProgram() *ebpf.Program { return d.collection.Program
 // goroutine may call it.
 func (d *Diverter) Counters() (map[string]uint64, error) {
 	return readCounters(d.collection.Maps["counters"], hostCounters)
+}
+
+// Runs returns how many packets the XDP program has seen.
+func (d *Diverter) Runs() (n uint64, err error) {
+	counters, err := d.Counters()
+	for name, value := range counters {
+		if strings.HasPrefix(name, "xdp_") {
+			n += value
+		}
+	}
+	return n, err
+}
+
+// Reattach takes the XDP program off the interface and puts it on again, in the
+// same mode: for drivers that stopped running it. On error it is not on it any more.
+// One goroutine at a time may call it, and not while Close runs.
+func (d *Diverter) Reattach() error {
+	flags := link.XDPDriverMode
+	if d.mode == ModeGeneric {
+		flags = link.XDPGenericMode
+	}
+	program := d.collection.Programs[d.attached]
+	if err := d.links[d.xdp].Close(); err != nil {
+		return fmt.Errorf("xdp: detach from interface %d: %w", d.ifindex, err)
+	}
+	l, err := link.AttachXDP(link.XDPOptions{Program: program, Interface: d.ifindex, Flags: flags})
+	if err != nil {
+		return fmt.Errorf("xdp: attach to interface %d again: %w", d.ifindex, attachError(err))
+	}
+	d.links[d.xdp] = l
+	return nil
 }
 
 // Mark returns the mark of injected packets (skb->mark), never 0, random for

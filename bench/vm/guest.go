@@ -32,6 +32,10 @@ const (
 	// VirtioPlain is Virtio without an IOMMU's rules for the device, without
 	// which its driver refuses zero-copy.
 	VirtioPlain Card = "virtio-net-plain"
+	// E1000E has no XDP in its driver.
+	E1000E Card = "e1000e"
+	// VMXNet3 has native XDP for small packets, no zero-copy.
+	VMXNet3 Card = "vmxnet3"
 )
 
 // device is what QEMU is told of the i-th card of a guest.
@@ -40,6 +44,10 @@ func (c Card) device(i int) ([]string, error) {
 	case IGB:
 		// A PCI Express device, which wants a root port.
 		return []string{"-device", fmt.Sprintf("pcie-root-port,id=root%d,chassis=%d,slot=%d", i, i+1, i+1), "-device", fmt.Sprintf("igb,bus=root%d,", i)}, nil
+	case E1000E:
+		return []string{"-device", fmt.Sprintf("pcie-root-port,id=root%d,chassis=%d,slot=%d", i, i+1, i+1), "-device", fmt.Sprintf("e1000e,bus=root%d,", i)}, nil
+	case VMXNet3:
+		return []string{"-device", "vmxnet3,"}, nil
 	case Virtio:
 		return []string{"-device", "virtio-net-pci,iommu_platform=on,disable-legacy=on,"}, nil
 	case VirtioPlain:

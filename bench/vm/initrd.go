@@ -15,7 +15,7 @@ import (
 // them as modules: drivers of the cards, the TAP device, what the guard hangs
 // on, VLANs, bonds, and diagnosis of sockets.
 var Modules = []string{
-	"dca", "i2c-algo-bit", "igb", "failover", "net_failover", "virtio_net",
+	"dca", "i2c-algo-bit", "igb", "failover", "net_failover", "virtio_net", "e1000e", "vmxnet3",
 	"tun", "sch_ingress", "cls_bpf", "inet_diag", "tcp_diag", "xsk_diag",
 	"llc", "stp", "garp", "mrp", "8021q", "tls", "bonding",
 }

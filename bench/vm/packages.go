@@ -23,7 +23,8 @@ const (
 	kernel   = "linux-image-amd64"
 	keyring  = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-	// complete is written last: what it is in needs no network.
+	// complete is written last: what it is in needs no network. It holds the
+	// version of the kernel, and which modules are unpacked.
 	complete = "complete"
 )
 
@@ -46,8 +47,11 @@ func Fetch(ctx context.Context, cache string, log func(string, ...any)) (*Image,
 		return nil, err
 	}
 	done := filepath.Join(cache, complete)
-	if version, err := os.ReadFile(done); err == nil {
-		return image(cache, strings.TrimSpace(string(version)))
+	unpacked := strings.Join(Modules, " ")
+	if text, err := os.ReadFile(done); err == nil {
+		if version, modules, _ := strings.Cut(strings.TrimSpace(string(text)), "\n"); modules == unpacked {
+			return image(cache, version)
+		}
 	}
 	for _, dir := range []string{"lists/partial", "archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(cache, dir), 0o755); err != nil {
@@ -78,7 +82,7 @@ func Fetch(ctx context.Context, cache string, log func(string, ...any)) (*Image,
 	if err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(done, []byte(version+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(done, []byte(version+"\n"+unpacked+"\n"), 0o644); err != nil {
 		return nil, err
 	}
 	return image(cache, version)

@@ -142,7 +142,11 @@ func loadModule(path string) error {
 	if !strings.HasSuffix(path, ".ko") {
 		flags = unix.MODULE_INIT_COMPRESSED_FILE
 	}
-	return unix.FinitModule(int(f.Fd()), "", flags)
+	parameters := ""
+	if strings.HasPrefix(filepath.Base(path), "bonding.") {
+		parameters = "max_bonds=0" // or there would be one at once
+	}
+	return unix.FinitModule(int(f.Fd()), parameters, flags)
 }
 
 type agent struct {

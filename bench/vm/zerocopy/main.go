@@ -21,7 +21,7 @@ import (
 func main() {
 	cache := flag.String("cache", ".cache/zerocopy", "`folder` for the packages of the emulator and the kernel")
 	refuse := flag.Bool("refuse", false, "give the guests cards that refuse zero-copy: the test must fail")
-	only := flag.String("only", "", "run one `part` of it: hosts, gateway or stacked")
+	only := flag.String("only", "", "run one `part` of it: hosts, gateway, stacked or others")
 	report := flag.String("report", "", "write what doctor said in the guests to a `file`")
 	keep := flag.String("logs", "", "keep the guests' logs in a `folder`")
 	flag.Parse()

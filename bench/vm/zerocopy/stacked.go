@@ -22,8 +22,8 @@ type layer struct{ kind, name string }
 var stacks = []stack{
 	{name: "below a VLAN", layers: []layer{{"vlan", "vlan6"}}},
 	{name: "on a VLAN", layers: []layer{{"vlan", "vlan5"}}, on: "vlan5"},
-	{name: "on a bond", layers: []layer{{"bond", "bond1"}}, on: "bond1", bond: true}, // bond0 is the module's
-	{name: "on a VLAN of a bond", layers: []layer{{"bond", "bond2"}, {"vlan", "vlan7"}}, on: "vlan7", bond: true},
+	{name: "on a bond", layers: []layer{{"bond", "bond0"}}, on: "bond0", bond: true},
+	{name: "on a VLAN of a bond", layers: []layer{{"bond", "bond1"}, {"vlan", "vlan7"}}, on: "vlan7", bond: true},
 }
 
 // stacked boots two guests with two cables between them and runs the program on

@@ -109,7 +109,7 @@ func (t *tester) run(ctx context.Context, cache, logs string) error {
 	for _, bed := range []struct {
 		name string
 		run  func(*booter) error
-	}{{"hosts", t.hosts}, {"gateway", t.gateway}, {"stacked", t.stacked}} {
+	}{{"hosts", t.hosts}, {"gateway", t.gateway}, {"stacked", t.stacked}, {"others", t.others}} {
 		if t.only == "" || t.only == bed.name {
 			if err := bed.run(&booter{t, ctx, image, initrd, logs}); err != nil {
 				return err
@@ -627,11 +627,20 @@ func (h *host) waitCarrier(up bool) error {
 
 // checkFlows wants all connections encrypted, and every worker to have some.
 func (h *host) checkFlows() error {
+	workers, err := h.encrypted()
+	if err == nil && slices.Contains(workers, 0) {
+		err = fmt.Errorf("guest %s: a worker has no connection: %v", h.Name, workers)
+	}
+	return err
+}
+
+// encrypted wants all connections encrypted, and tells how many each worker has.
+func (h *host) encrypted() (workers []int, err error) {
 	var flows []fastpath.FlowInfo
 	if err := h.ask(&flows, "flows"); err != nil {
-		return err
+		return nil, err
 	}
-	workers := make([]int, h.now)
+	workers = make([]int, h.now)
 	encrypted := 0
 	for _, f := range flows {
 		if f.State == slowpath.StateEncrypted && f.SessionID != "" && f.Worker < len(workers) {
@@ -640,12 +649,9 @@ func (h *host) checkFlows() error {
 		}
 	}
 	if missing := 2*h.connections - encrypted; missing != 0 {
-		return &notEncrypted{missing, fmt.Sprintf("guest %s: %d of %d connections are encrypted, by worker %v", h.Name, encrypted, 2*h.connections, workers)}
+		return nil, &notEncrypted{missing, fmt.Sprintf("guest %s: %d of %d connections are encrypted, by worker %v", h.Name, encrypted, 2*h.connections, workers)}
 	}
-	if slices.Contains(workers, 0) {
-		return fmt.Errorf("guest %s: a worker has no connection: %v", h.Name, workers)
-	}
-	return nil
+	return workers, nil
 }
 
 // stopDaemon ends it and looks for what it left.
