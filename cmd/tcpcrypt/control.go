@@ -53,10 +53,13 @@ const (
 	maxSocket    = 107              // bytes of a unix socket path
 )
 
+// acceptPause is how long the control socket waits after it could not take a client.
+const acceptPause = 100 * time.Millisecond
+
 // controlServer answers requests about one host.
 type controlServer struct {
 	path string
-	ln   *net.UnixListener
+	ln   net.Listener
 	lock *os.File // held while the socket is ours
 	log  *slog.Logger
 
@@ -182,14 +185,22 @@ func listenPrivate(path string) (*net.UnixListener, error) {
 // serve starts to answer.
 func (s *controlServer) serve(h host) {
 	s.done.Go(func() {
+		failing := false
 		for {
 			conn, err := s.ln.Accept()
-			if err != nil {
-				if !errors.Is(err, net.ErrClosed) {
-					s.log.Error("control socket ended", "err", err)
-				}
+			if errors.Is(err, net.ErrClosed) {
 				return
 			}
+			if err != nil {
+				// Out of descriptors or memory, which others may give back.
+				if !failing {
+					s.log.Error("control socket: nobody can connect for now", "err", err)
+				}
+				failing = true
+				time.Sleep(acceptPause)
+				continue
+			}
+			failing = false
 			if !s.add(conn) {
 				_ = conn.Close()
 				return

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -40,6 +41,39 @@ func dial(t *testing.T, path string) net.Conn {
 		t.Fatal(err)
 	}
 	return conn
+}
+
+// scarce is a listener that fails a few times, as for want of descriptors.
+type scarce struct {
+	net.Listener
+	failures int
+}
+
+func (l *scarce) Accept() (net.Conn, error) {
+	if l.failures > 0 {
+		l.failures--
+		return nil, syscall.EMFILE
+	}
+	return l.Listener.Accept()
+}
+
+// The control socket outlives a want of descriptors.
+func TestControlAcceptFails(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.sock")
+	s, err := listenControl(path, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.close)
+	s.ln = &scarce{s.ln, 3}
+	s.serve(&fakeHost{cfg: fastpath.HostConfig{Interface: "fake0"}})
+	conn := dial(t, path)
+	if _, err := io.WriteString(conn, `{"method":"status"}`+"\n"); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || !strings.Contains(line, "fake0") {
+		t.Errorf("%q, %v", line, err)
+	}
 }
 
 // One connection carries any number of requests, and a bad one does not end it.
