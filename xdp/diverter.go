@@ -152,9 +152,7 @@ func AttachHost(cfg HostAttachConfig) (_ *Diverter, err error) {
 	if err := d.attachTCX("tap_ingress", cfg.TAPIfindex, ebpf.AttachTCXIngress); err != nil {
 		return nil, fmt.Errorf("xdp: attach to ingress of the inner device: %w", err)
 	}
-	if d.undo, err = keepTags(nic); err != nil {
-		return nil, fmt.Errorf("xdp: VLAN tags of %s: %w", name, err)
-	}
+	d.undo = keepTags(nic)
 	d.attached = xdpName
 	if err := d.attachXDP(d.collection.Programs[xdpName], nic, cfg.Mode); err != nil {
 		return nil, fmt.Errorf("xdp: attach to %s: %w", name, err)

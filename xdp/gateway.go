@@ -210,11 +210,7 @@ func (g *Gateway) prepare(card netlink.Link) error {
 	if card.Attrs().Promisc == 0 || g.replaced {
 		g.undo = append(g.undo, func() error { return netlink.SetPromiscOff(card) })
 	}
-	undo, err := keepTags(card)
-	if err != nil {
-		return fmt.Errorf("xdp: interface %s: %w", name, err)
-	}
-	if undo != nil {
+	if undo := keepTags(card); undo != nil {
 		g.undo = append(g.undo, undo)
 	}
 	return nil

@@ -28,9 +28,9 @@ func losesTags(link netlink.Link, f ethtool.FeatureState) bool {
 
 // keepTags has a card leave VLAN tags where XDP sees them. One that cannot is no
 // error: Probe tells of it. undo is nil if nothing was changed.
-func keepTags(nic netlink.Link) (undo func() error, err error) {
+func keepTags(nic netlink.Link) (undo func() error) {
 	if nic.Type() != "device" {
-		return nil, nil
+		return nil
 	}
 	change := func(to bool) (changed bool, err error) {
 		tool, err := ethtool.NewEthtool()
@@ -45,9 +45,8 @@ func keepTags(nic netlink.Link) (undo func() error, err error) {
 		}
 		return true, tool.Change(name, map[string]bool{stripTags: to})
 	}
-	changed, err := change(false)
-	if err != nil || !changed {
-		return nil, err
+	if changed, err := change(false); err != nil || !changed {
+		return nil
 	}
 	return func() error {
 		// A card that has gone needs nothing.
@@ -55,5 +54,5 @@ func keepTags(nic netlink.Link) (undo func() error, err error) {
 			return fmt.Errorf("%s: %w", stripTags, err)
 		}
 		return nil
-	}, nil
+	}
 }
