@@ -66,7 +66,7 @@ func (s Source) gatherInterface(l netlink.Link, tool *ethtool.Ethtool) (Interfac
 		return Interface{}, err
 	}
 	i := Interface{
-		Name: a.Name, Kind: l.Type(), Driver: c.Driver, MTU: c.MTU, Virtual: c.Virtual,
+		Name: a.Name, Kind: l.Type(), Driver: c.Driver, MTU: c.MTU, Virtual: c.Virtual, NoEthernet: c.NoEthernet,
 		Loopback: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0,
 		Carrier: a.RawFlags&unix.IFF_LOWER_UP != 0,
 
@@ -220,6 +220,8 @@ func (i *Interface) try(wanted bool) {
 		i.NotTried = "--no-probe"
 	case i.Loopback:
 		i.NotTried = "it is the loopback interface"
+	case i.NoEthernet:
+		i.NotTried = "its packets have no Ethernet header"
 	case i.XDP != "":
 		i.NotTried = "an XDP program is attached"
 	case !i.Up:

@@ -84,6 +84,7 @@ func TestExamine(t *testing.T) {
 		{"no AES", machine(func(m *Machine) { m.CPUFlags = nil }), "aes", Warn, "no AES", "tcpcrypt run --aeads chacha20poly1305 ...", false},
 
 		{"loopback", nic(func(n *Interface) { n.Loopback = true }), "device", Fail, "loopback", "-", false},
+		{"tunnel", nic(func(n *Interface) { n.NoEthernet, n.Driver = true, "tun" }), "device", Fail, "without Ethernet header (tun)", "-", false},
 		{"down", nic(func(n *Interface) { n.Up, n.Carrier = false, false }), "device", Fail, "down", "ip link set nic0 up", false},
 		{"no carrier", nic(func(n *Interface) { n.Carrier = false }), "device", Warn, "no carrier", "-", false},
 		{"native refused", nic(func(n *Interface) { n.Tried = &Tried{Native: "operation not supported"} }), "native-xdp", Warn, "operation not supported", "-", false},

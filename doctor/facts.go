@@ -47,6 +47,7 @@ type Interface struct {
 	Firmware   string `json:"firmware"`
 	Bus        string `json:"bus"`
 	Loopback   bool   `json:"loopback"`
+	NoEthernet bool   `json:"no_ethernet"` // packets without Ethernet header, as on tunnels
 	Virtual    bool   `json:"virtual"`
 	Up         bool   `json:"up"`
 	Carrier    bool   `json:"carrier"`

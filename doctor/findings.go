@@ -62,6 +62,10 @@ func Examine(f Facts) []Finding {
 			e.add("device", Fail, "the loopback interface", "connections of a host with itself have no wire to be protected on, and no NIC queues; name the interface of a network", "")
 			continue
 		}
+		if n.NoEthernet {
+			e.add("device", Fail, fmt.Sprintf("packets without Ethernet header (%s)", n.Driver), "the program works on Ethernet frames; name the interface that the tunnel's own packets use, or another one", "")
+			continue
+		}
 		e.device(n)
 		e.modes(n)
 		e.programs(n, &f.Machine)

@@ -243,8 +243,12 @@ func StartHost(ctx context.Context, cfg HostConfig) (_ *Host, err error) {
 // probe is xdp.Probe of an interface that has a wire behind it.
 func probe(iface string) (xdp.Capabilities, error) {
 	c, err := xdp.Probe(iface)
-	if err == nil && c.Loopback {
+	switch {
+	case err != nil:
+	case c.Loopback:
 		err = fmt.Errorf("%s is the loopback device: its connections do not leave this host, and are not encrypted", iface)
+	case c.NoEthernet:
+		err = fmt.Errorf("%s has no Ethernet header on its packets, as tunnels have none (%s): its connections cannot be encrypted", iface, c.Driver)
 	}
 	return c, err
 }

@@ -25,6 +25,10 @@ type Capabilities struct {
 	Virtual  bool
 	Loopback bool // the device on which the host talks to itself
 
+	// NoEthernet: packets have no Ethernet header, as on tunnels (TUN, WireGuard,
+	// PPP).
+	NoEthernet bool
+
 	RXQueues, TXQueues int // in use
 
 	NativeXDP   bool // XDP with redirection in the driver
@@ -58,6 +62,7 @@ func Probe(ifname string) (Capabilities, error) {
 	c.Ifindex, c.MTU = link.Attrs().Index, link.Attrs().MTU
 	c.Driver = link.Type()
 	c.Loopback = link.Attrs().RawFlags&unix.IFF_LOOPBACK != 0
+	c.NoEthernet = link.Attrs().EncapType != "ether" && !c.Loopback
 	c.Virtual = link.Type() != "device" || c.Loopback
 
 	tool, err := ethtool.NewEthtool()

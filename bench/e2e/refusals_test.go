@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/tcpcrypt-xdp/tcpcrypt-xdp/bench/lab"
 )
 
@@ -26,6 +28,14 @@ func TestStartRefusals(t *testing.T) {
 	refused("there is no interface nosuch0", "--interface", nic.Name, "--inner-interface", "nosuch0")
 	refused("lo is the loopback device", "--interface", "lo")
 	refused("lo is the loopback device", "--interface", nic.Name, "--inner-interface", "lo")
+	tunnel := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tun9"}, Mode: netlink.TUNTAP_MODE_TUN}
+	if err := nic.NS.Do(func() error { return netlink.LinkAdd(tunnel) }); err != nil {
+		t.Fatal(err)
+	}
+	refused("tun9 has no Ethernet header", "--interface", "tun9")
+	if err := nic.NS.Netlink().LinkDel(tunnel); err != nil {
+		t.Fatal(err)
+	}
 	refused("guard-cgroup: /proc is not a directory of cgroup version 2", "--interface", nic.Name, "--guard-cgroup", "/proc")
 	refused("queue 7: "+nic.Name+" has queues", "--interface", nic.Name, "--queues", "7")
 	if d, g := attached(t, nic); len(d)+len(g) != 0 {
