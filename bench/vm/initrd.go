@@ -16,7 +16,7 @@ import (
 // on, VLANs, bonds, and diagnosis of sockets.
 var Modules = []string{
 	"dca", "i2c-algo-bit", "igb", "failover", "net_failover", "virtio_net", "e1000e", "vmxnet3",
-	"tun", "sch_ingress", "cls_bpf", "inet_diag", "tcp_diag", "xsk_diag",
+	"tun", "sch_ingress", "nf_defrag_ipv4", "nf_defrag_ipv6", "cls_bpf", "inet_diag", "tcp_diag", "xsk_diag",
 	"llc", "stp", "garp", "mrp", "8021q", "tls", "bonding",
 }
 

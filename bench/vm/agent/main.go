@@ -51,6 +51,7 @@ func serve() error {
 	if err := os.MkdirAll("/sys/fs/cgroup", 0o755); err == nil {
 		_ = unix.Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, "")
 	}
+	_ = unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, "")
 	_ = os.Setenv("PATH", "/")
 	line, err := openLine("/dev/ttyS1")
 	if err != nil {

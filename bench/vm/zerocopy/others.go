@@ -65,8 +65,8 @@ func (t *tester) other(name string, a, b *host) error {
 			return err
 		}
 		h.now = len(st.Workers)
-		if st.Mode != mode[h] || len(st.Queues) != h.queues {
-			return fmt.Errorf("guest %s: mode %s, queues %+v", h.Name, st.Mode, st.Queues)
+		if st.Guard != "active" || st.Mode != mode[h] || len(st.Queues) != h.queues {
+			return fmt.Errorf("guest %s: guard %s, mode %s, queues %+v", h.Name, st.Guard, st.Mode, st.Queues)
 		}
 		return h.waitCarrier(true)
 	}); err != nil {

@@ -205,8 +205,8 @@ func (h *host) startStacked(s stack) error {
 	if s.on == s.layers[0].name && s.bond {
 		queues = h.queues
 	}
-	if st.Mode != "generic" || len(st.Queues) != queues {
-		return fmt.Errorf("guest %s: mode %s, queues %+v, want %d", h.Name, st.Mode, st.Queues, queues)
+	if st.Guard != "active" || st.Mode != "generic" || len(st.Queues) != queues {
+		return fmt.Errorf("guest %s: guard %s, mode %s, queues %+v, want %d", h.Name, st.Guard, st.Mode, st.Queues, queues)
 	}
 	h.now = len(st.Workers)
 	return nil

@@ -512,6 +512,9 @@ func (h *host) startDaemon(flags []string) error {
 	if err := h.ask(&st, "status"); err != nil {
 		return err
 	}
+	if st.Guard != "active" {
+		return fmt.Errorf("guest %s: the guard is not complete: %+v", h.Name, st.Layers)
+	}
 	if st.Mode != "zerocopy" || len(st.Queues) != h.now || len(sockets.Sockets) != h.now || len(st.Workers) != h.now {
 		return fmt.Errorf("guest %s: mode %s, queues %+v, sockets %+v", h.Name, st.Mode, st.Queues, sockets.Sockets)
 	}
