@@ -796,8 +796,9 @@ func (h *Host) mendXDP() {
 	if h.local == nil || !h.wentDown.Load() {
 		return
 	}
-	runs, err := h.local.Runs()
-	counters, err2 := h.guard.Counters()
+	// In this order: what the guard drops the program has seen before.
+	counters, err := h.guard.Counters()
+	runs, err2 := h.local.Runs()
 	if errors.Join(err, err2) != nil {
 		return
 	}
