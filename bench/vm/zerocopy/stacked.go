@@ -26,8 +26,8 @@ var stacks = []stack{
 	{name: "on a VLAN of a bond", layers: []layer{{"bond", "bond1"}, {"vlan", "vlan7"}}, on: "vlan7", bond: true},
 }
 
-// stacked boots two guests with two cables between them and runs the program on
-// devices over their cards, of which packets can be had by generic XDP only.
+// stacked boots two guests with two cables between them and runs the program below
+// VLAN devices, in zero-copy mode, and on devices over the cards, by generic XDP.
 func (t *tester) stacked(boots *booter) error {
 	var hosts [2]*host
 	var nics [2][]vm.NIC
